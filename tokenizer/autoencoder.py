@@ -1,0 +1,183 @@
+"""Encoder and decoder: pixels in [-1, 1] <-> latents, the convolutional network of VQGAN.
+
+Source: Esser et al. 2021, arXiv:2012.09841 (taming-transformers). The arithmetic is that of taming's VQGAN and of
+diffusers' `VQModel` (norm_type "group"), so that their weights fit: group norm with eps 1e-6, SiLU, stride-2
+convolutions padded at the right and the bottom only, nearest-neighbour upsampling, one more residual block per level
+in the decoder. Departure: narrow layers use fewer norm groups where `norm_groups` does not divide their channels.
+
+Shapes: B batch, C image channels, H W image sides, D codebook_dim, h w grid sides (H / downsample_factor, ...).
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
+    """Group norm with `max_groups` groups, or their greatest common divisor with `channels` in a narrow layer."""
+    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, added to the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, norm_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, norm_groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(features)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.shortcut(features) + hidden
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions, added to the input."""
+
+    def __init__(self, channels: int, norm_groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        normed = self.norm(features)
+        query, key, value = (
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, h*w, channels): one head
+            for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return features + self.project(attended.squeeze(1).transpose(1, 2).reshape(features.shape))
+
+
+class Downsample(nn.Module):
+    """Halves both sides: a stride-2 convolution, padded by one pixel at the right and the bottom."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.conv(F.pad(features, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+
+
+def level(in_channels: int, out_channels: int, count: int, attention: bool, norm_groups: int, dropout: float):
+    """`count` residual blocks at one resolution, each followed by attention where the level has it."""
+    blocks: list[nn.Module] = []
+    for channels in [in_channels] + [out_channels] * (count - 1):
+        blocks.append(ResidualBlock(channels, out_channels, norm_groups, dropout))
+        if attention:
+            blocks.append(AttentionBlock(out_channels, norm_groups))
+    return nn.Sequential(*blocks)
+
+
+def middle(channels: int, attention: bool, norm_groups: int, dropout: float) -> nn.Sequential:
+    """The blocks at the lowest resolution: residual, attention if asked for, residual."""
+    first, last = (ResidualBlock(channels, channels, norm_groups, dropout) for _ in range(2))
+    return nn.Sequential(first, AttentionBlock(channels, norm_groups), last) if attention else nn.Sequential(first, last)
+
+
+def output_head(channels: int, out_channels: int, norm_groups: int) -> nn.Sequential:
+    """Norm, SiLU, 3x3 convolution: the end of the encoder and of the decoder."""
+    return nn.Sequential(group_norm(channels, norm_groups), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+
+
+class ConvolutionalAutoencoder(nn.Module):
+    """`encoder` (B, C, H, W) -> (B, D, h, w) and `decoder` (B, D, h, w) -> (B, C, H, W).
+
+    With `base_channels=128, channel_multipliers=[1, 1, 2, 2, 4], num_res_blocks=2, attention_levels=[4],
+    middle_attention=True, latent_channels=256` this is taming's f16 VQGAN (its `attn_resolutions=[16]` at 256 pixels
+    is level 4).
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        codebook_dim: int,
+        base_channels: int = 32,  # width at full resolution
+        channel_multipliers: Sequence[int] = (1, 2, 4),  # one per level; each later level halves the side
+        num_res_blocks: int = 1,  # per level in the encoder; the decoder has one more
+        attention_levels: Sequence[int] = (),  # levels whose blocks attend; 0 is the full resolution
+        middle_attention: bool = False,
+        latent_channels: int = 64,  # between the 3x3 convolutions and the 1x1 projections to and from codebook_dim
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_layout(base_channels, channel_multipliers, num_res_blocks, attention_levels, latent_channels, dropout)
+        self.downsample_factor = 2 ** (len(channel_multipliers) - 1)
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        options = {"norm_groups": norm_groups, "dropout": dropout}
+
+        encoder: dict[str, nn.Module] = {"conv_in": nn.Conv2d(image_channels, base_channels, 3, padding=1)}
+        channels = base_channels
+        for index, width in enumerate(widths):
+            if index > 0:
+                encoder[f"downsample_{index}"] = Downsample(channels)
+            encoder[f"level_{index}"] = level(channels, width, num_res_blocks, index in attention_levels, **options)
+            channels = width
+        encoder["middle"] = middle(channels, middle_attention, **options)
+        encoder["head"] = output_head(channels, latent_channels, norm_groups)
+        encoder["to_codes"] = nn.Conv2d(latent_channels, codebook_dim, 1)
+        self.encoder = nn.Sequential(OrderedDict(encoder))
+
+        decoder: dict[str, nn.Module] = {"from_codes": nn.Conv2d(codebook_dim, latent_channels, 1)}
+        decoder["conv_in"] = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        decoder["middle"] = middle(channels, middle_attention, **options)
+        for index, width in reversed(list(enumerate(widths))):
+            count = num_res_blocks + 1
+            decoder[f"level_{index}"] = level(channels, width, count, index in attention_levels, **options)
+            channels = width
+            if index > 0:
+                decoder[f"upsample_{index}"] = Upsample(channels)
+        decoder["head"] = output_head(channels, image_channels, norm_groups)
+        self.decoder = nn.Sequential(OrderedDict(decoder))
+
+
+def check_layout(
+    base_channels: int,
+    channel_multipliers: Sequence[int],
+    num_res_blocks: int,
+    attention_levels: Sequence[int],
+    latent_channels: int,
+    dropout: float,
+) -> None:
+    """Raise a ValueError that names the value, the rule and the way out."""
+    if not channel_multipliers or min(channel_multipliers) < 1:
+        raise ValueError(f"channel_multipliers={list(channel_multipliers)} must hold one number >= 1 per level")
+    for name, value in [("base_channels", base_channels), ("latent_channels", latent_channels)]:
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if num_res_blocks < 1:
+        raise ValueError(f"num_res_blocks={num_res_blocks} must be at least 1")
+    if any(not 0 <= index < len(channel_multipliers) for index in attention_levels):
+        raise ValueError(
+            f"attention_levels={list(attention_levels)} must lie in 0..{len(channel_multipliers) - 1}, "
+            f"one index per entry of channel_multipliers"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+
+
+AUTOENCODERS = {"convolutional": ConvolutionalAutoencoder}

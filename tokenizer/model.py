@@ -1,0 +1,165 @@
+"""ImageTokenizer: images -> token grids -> images.
+
+Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h w grid sides (H / downsample_factor).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .autoencoder import AUTOENCODERS
+from .config import TokenizerConfig, build
+from .images import Images, check_shape, from_model_range, to_batch, to_model_range
+from .pretrained import PretrainedModel
+from .quantizers import QUANTIZERS
+
+USAGE = """
+from PIL import Image
+from tokenizer import ImageTokenizer
+
+tokenizer = ImageTokenizer.from_pretrained("{source}")
+tokens = tokenizer.encode(Image.open("picture.jpg"))  # int64 (1, h, w)
+pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
+"""
+
+
+@dataclass
+class TokenizerOutput:
+    reconstructions: Tensor  # (B, C, H, W) float32 on the [0, 1] scale, not clamped
+    tokens: Tensor  # (B, h, w) int64 in [0, vocab_size)
+    losses: dict[str, Tensor]  # named scalars of the quantizer, already weighted
+
+
+class ImageTokenizer(PretrainedModel):
+    """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): an encoder, a quantizer and a decoder, chosen by the config."""
+
+    config_class = TokenizerConfig
+    card_tags = ["image-tokenizer", "vq-vae", "vector-quantization"]
+    card_usage = USAGE
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__(config)
+        self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, config.codebook_dim)
+        self.quantizer = build(QUANTIZERS, config.quantizer, config.codebook_dim)
+        if config.resize is not None:
+            self.grid_size(config.resize)  # raises where the factor does not divide it
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
+        check_shape(images.shape, self.config.image_channels, self.downsample_factor)
+        quantized = self.quantizer(self.encode_latents(images))
+        reconstructions = self.decode_latents(quantized.quantized)
+        return TokenizerOutput(reconstructions, quantized.indices, quantized.losses)
+
+    @torch.no_grad()
+    def encode(self, images: Images, resize: int | None | Literal["config"] = "config") -> Tensor:
+        """Images to tokens (B, h, w) int64 in [0, vocab_size), row-major, on the model's device.
+
+        Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
+        (B, C, H, W), uint8 or float in [0, 1]. PIL images are prepared as the config's `resize` says, or as the
+        argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
+        the factor. Arrays and tensors are never resized. Raises ValueError for anything else.
+        """
+        if resize == "config":
+            resize = self.config.resize
+        if resize is not None:
+            self.grid_size(resize)
+        batch = to_batch(images, self.config.image_channels, self.downsample_factor, resize)
+        with self.evaluating():
+            return self.quantizer(self.encode_latents(batch.to(self.device))).indices
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w), or (h, w) for one picture, to float32 images (B, C, H, W) in [0, 1].
+
+        Raises ValueError for tokens that are not integers or lie outside [0, vocab_size).
+        """
+        with self.evaluating():
+            return self.decode_latents(self.tokens_to_codes(tokens)).clamp(0, 1)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Float images (B, C, H, W) in [0, 1] to latents (B, D, h, w), before the quantizer."""
+        return self.autoencoder.encoder(to_model_range(images.to(self.dtype)))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
+        return from_model_range(self.autoencoder.decoder(latents.to(self.dtype)).float())
+
+    def tokens_to_codes(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w), or (h, w) for one picture, to codes (B, D, h, w) float32; ValueError as in `decode`."""
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype in (torch.bool, torch.complex64):
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens of {kind}; the rule is an integer tensor (B, h, w), as encode returns it")
+        if tokens.ndim not in (2, 3) or tokens.numel() == 0:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}; the rule is (B, h, w), none of them 0")
+        low, high = (value.item() for value in torch.aminmax(tokens))
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"tokens run from {low} to {high}; they must lie in [0, {self.vocab_size})")
+        grid = tokens if tokens.ndim == 3 else tokens[None]
+        return self.quantizer.indices_to_codes(grid.to(self.device, torch.int64))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens; every token lies in [0, vocab_size)."""
+        return self.quantizer.vocab_size
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels of an image side per token."""
+        return self.autoencoder.downsample_factor
+
+    def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        factor = self.downsample_factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(f"image_size={image_size} must be a positive multiple of downsample_factor={factor}")
+        return height // factor, width // factor
+
+    def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """The (h, w) of each grid of tokens in order; one for a quantizer with a single scale."""
+        return [self.grid_size(image_size)]
+
+    def tokens_per_image(self, image_size: int | tuple[int, int]) -> int:
+        """Number of tokens of an image of (H, W) pixels, or of a square one."""
+        return sum(height * width for height, width in self.grids(image_size))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config and float32 weights of what makes tokens: preprocessing, encoder, quantizer.
+
+        Two tokenizers with one fingerprint read the same tokens from the same images; token stores and priors carry it.
+        """
+        return self.hash_of(self.config.identity(), self.weights(of_decoder=False))
+
+    @property
+    def decoder_fingerprint(self) -> str:
+        """sha256 (hex) over config and float32 weights of the decoder, which may be fine-tuned under fixed tokens."""
+        return self.hash_of({"autoencoder": self.config.identity()["autoencoder"]}, self.weights(of_decoder=True))
+
+    def weights(self, of_decoder: bool) -> dict[str, Tensor]:
+        """The tensors of the decoder, or those of everything else."""
+        tensors = self.state_dict()
+        return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block: tokens never depend on dropout, and encoding never moves a codebook."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
-    """Group norm with `max_groups` groups, or their greatest common divisor with `channels` in a narrow layer."""
-    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=1e-6)
+def group_norm(channels: int, norm_groups: int) -> nn.Module:
+    """Group norm with `norm_groups` groups, or their greatest common divisor with `channels`; none where it is 0."""
+    return nn.GroupNorm(math.gcd(channels, norm_groups), channels, eps=1e-6) if norm_groups else nn.Identity()
 
 
 class ResidualBlock(nn.Module):
@@ -115,22 +115,25 @@ class ConvolutionalAutoencoder(nn.Module):
         self,
         image_channels: int,
         codebook_dim: int,
-        base_channels: int = 32,  # width at full resolution
+        patch_size: int = 1,  # pixels of a side folded into channels before the first convolution; 1 in VQGAN
+        base_channels: int = 32,  # width of the first level
         channel_multipliers: Sequence[int] = (1, 2, 4),  # one per level; each later level halves the side
         num_res_blocks: int = 1,  # per level in the encoder; the decoder has one more
         attention_levels: Sequence[int] = (),  # levels whose blocks attend; 0 is the full resolution
         middle_attention: bool = False,
         latent_channels: int = 64,  # between the 3x3 convolutions and the 1x1 projections to and from codebook_dim
-        norm_groups: int = 32,
+        norm_groups: int = 32,  # 0 builds no normalisation
         dropout: float = 0.0,
     ):
         super().__init__()
         check_layout(base_channels, channel_multipliers, num_res_blocks, attention_levels, latent_channels, dropout)
-        self.downsample_factor = 2 ** (len(channel_multipliers) - 1)
+        self.downsample_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
+        patch_channels = image_channels * patch_size**2
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         options = {"norm_groups": norm_groups, "dropout": dropout}
 
-        encoder: dict[str, nn.Module] = {"conv_in": nn.Conv2d(image_channels, base_channels, 3, padding=1)}
+        encoder: dict[str, nn.Module] = {"patchify": nn.PixelUnshuffle(patch_size)}
+        encoder["conv_in"] = nn.Conv2d(patch_channels, base_channels, 3, padding=1)
         channels = base_channels
         for index, width in enumerate(widths):
             if index > 0:
@@ -151,7 +154,8 @@ class ConvolutionalAutoencoder(nn.Module):
             channels = width
             if index > 0:
                 decoder[f"upsample_{index}"] = Upsample(channels)
-        decoder["head"] = output_head(channels, image_channels, norm_groups)
+        decoder["head"] = output_head(channels, patch_channels, norm_groups)
+        decoder["unpatchify"] = nn.PixelShuffle(patch_size)
         self.decoder = nn.Sequential(OrderedDict(decoder))
 
 

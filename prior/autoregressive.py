@@ -1,0 +1,294 @@
+"""AutoregressivePrior: p(tokens | class) of a grid, token after token in row-major order.
+
+A class-conditional transformer over the tokens of a VQ-VAE (Esser et al. 2020, arXiv:2012.09841, section 3.2), as
+LlamaGen has it (Sun et al. 2024, arXiv:2406.06525, section 2.2).
+Shapes: B batch, h w grid sides, V vocab_size, W width, n tokens of a prefix.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tokenizer.pretrained import PretrainedModel
+
+from .config import PriorConfig
+from .sampling import guidance_scales, guide, sample
+from .transformer import Transformer, initialize
+
+USAGE = """
+from prior import AutoregressivePrior
+from tokenizer import ImageTokenizer
+
+prior = AutoregressivePrior.from_pretrained("{source}")
+tokenizer = ImageTokenizer.from_pretrained(prior.config.tokenizer)
+prior.check_tokenizer(tokenizer.fingerprint)
+tokens = prior.generate(REQUEST)  # int64 (1, h, w)
+pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
+"""
+
+
+class AutoregressivePrior(PretrainedModel):
+    """A transformer whose input i is token i - 1, and input 0 the class; its output i is the logits of token i.
+
+    Class labels are dropped at random in training (`class_dropout`): the null class that stands for them, the last row
+    of the class embedding, is what guidance moves away from, and the only class of an unconditional prior.
+    """
+
+    config_class = PriorConfig
+    card_tags: ClassVar[list[str]] = ["image-generation", "autoregressive", "image-tokens"]
+
+    def __init__(self, config: PriorConfig):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = Transformer(config.width, config.num_layers, config.num_heads, config.dropout)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        for module in (self.token_embedding, self.class_embedding, self.head):
+            initialize(module)
+
+    def forward(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Tokens (B, h, w), or (B, h*w) row-major, and labels (B,) to logits (B, h*w, V) float32.
+
+        Raises ValueError for tokens or labels that the config does not describe (once compiled, for their shapes only).
+        """
+        tokens = self.sequences(tokens)
+        classes = self.classes(labels, len(tokens))
+        if self.training:
+            classes = self.drop_labels(classes)
+        hidden = self.embed(classes, tokens[:, :-1])
+        return self.head(self.transformer(hidden, self.coordinates())).float()
+
+    def log_prob(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
+        """log p(tokens | label) in nats, (B,) float32; arguments as in `forward`, never with dropout."""
+        with self.evaluating():
+            logits = self(tokens, labels)
+        return -F.cross_entropy(logits.mT, self.sequences(tokens), reduction="none").sum(dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor | Sequence[int] | None = None,
+        num_samples: int | None = None,
+        *,
+        prefix: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | tuple[float, float] = 1.0,
+        generator: torch.Generator | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw grids (B, h, w) int64, by default from the model's own distribution.
+
+        B is the number of labels, of prefixes, or `num_samples`, which must agree where several are given. `prefix`
+        holds the first tokens of each grid, (B, n), or its first rows, (B, n / w, w), and the rest is drawn given them.
+        `temperature`, `top_k`, `top_p` as in sampling.py. `guidance_scale`: 1 is off, 0 leaves the class out, above 1
+        strengthens it; a pair changes linearly from the first position to the last.
+        Memory grows with batch_size, not with B, and the same generator state gives the same grids at every batch_size
+        (up to the rounding of the network). Raises ValueError for arguments that the model cannot follow.
+        """
+        num_samples = number_of_samples(labels, num_samples, prefix)
+        classes, prefix = self.classes(labels, num_samples), self.prefixes(prefix, num_samples)
+        scales = self.guidance(guidance_scale)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1; it bounds memory, not the number of grids")
+        # Drawn at once, one number per token: see sampling.draw.
+        device = "cpu" if generator is None else generator.device
+        shape = (num_samples, self.num_tokens)
+        uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+        choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+        batches = zip(*(part.split(batch_size) for part in (classes, prefix, uniforms)), strict=True)
+        num_steps = num_samples * (self.num_tokens - prefix.shape[1])
+        with self.evaluating(), tqdm(total=num_steps, unit="token", disable=not progress) as bar:
+            grids = torch.cat([self.complete(*batch, scales, choose, bar) for batch in batches])
+        return grids.unflatten(1, self.config.grid_size)
+
+    def complete(
+        self,
+        classes: Tensor,
+        prefix: Tensor,
+        uniforms: Tensor,
+        scales: list[float],
+        choose: Callable[[Tensor, Tensor], Tensor],
+        bar: tqdm,
+    ) -> Tensor:
+        """Continue the prefixes (B, n) of one batch to whole sequences (B, h*w); `uniforms` (B, h*w), scales per token.
+
+        With guidance the batch runs twice as high in a single pass: with the classes above, the null class below.
+        """
+        guided = any(scale != 1 for scale in scales)
+        if guided:
+            classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
+        copies = 1 + guided
+        caches, coordinates = self.transformer.empty_caches(self.num_tokens), self.coordinates()
+        hidden = self.embed(classes, prefix.repeat(copies, 1))  # (copies * B, n + 1, W)
+        tokens, start = [prefix], 0
+        for position in range(prefix.shape[1], self.num_tokens):
+            hidden = self.transformer(hidden, coordinates[start : position + 1], caches)[:, -1]
+            logits = self.head(hidden).float()  # (copies * B, V)
+            if guided:
+                logits = guide(*logits.chunk(2), scales[position])
+            tokens.append(choose(logits, uniforms[:, position])[:, None])
+            hidden, start = self.token_embedding(tokens[-1].repeat(copies, 1)), position + 1
+            bar.update(len(prefix))
+        return torch.cat(tokens, dim=1)
+
+    def embed(self, classes: Tensor, tokens: Tensor) -> Tensor:
+        """Classes (B,) and the tokens (B, n) after them to inputs (B, n + 1, W)."""
+        return self.dropout(torch.cat([self.class_embedding(classes)[:, None], self.token_embedding(tokens)], dim=1))
+
+    def coordinates(self) -> Tensor:
+        """Row and column (h*w, 2) of each input: the class at the origin, the tokens but the last from (1, 1) on.
+
+        No token shares the place of the class, so that its offset to the class tells where in the grid it is.
+        """
+        rows, columns = (torch.arange(1, side + 1, device=self.device) for side in self.config.grid_size)
+        grid = torch.cartesian_prod(rows, columns)  # (h*w, 2)
+        return torch.cat([torch.zeros_like(grid[:1]), grid[:-1]])
+
+    def drop_labels(self, classes: Tensor) -> Tensor:
+        """Classes (B,) with a random share of `class_dropout` replaced by the null class."""
+        dropped = torch.rand(len(classes), device=classes.device) < self.config.class_dropout
+        return torch.where(dropped, self.null_class, classes)
+
+    def guidance(self, guidance_scale: float | tuple[float, float]) -> list[float]:
+        """The guidance scale of each token; ValueError where there is no trained null class to move away from."""
+        scales = guidance_scales(guidance_scale, self.num_tokens)
+        if any(scale != 1 for scale in scales):
+            if not self.config.num_classes:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale} needs classes; leave it at 1 for an unconditional prior"
+                )
+            if not self.config.class_dropout:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale} needs a prior trained with class_dropout above 0, this one "
+                    f"has 0; leave it at 1"
+                )
+        return scales
+
+    def classes(self, labels: Tensor | Sequence[int] | None, num_samples: int) -> Tensor:
+        """Labels as (B,) int64 on the model's device, without classes the null class; ValueError if wrong."""
+        num_classes = self.config.num_classes
+        if not num_classes:
+            if labels is not None:
+                raise ValueError("labels were given to an unconditional prior (num_classes=0); leave them out")
+            return torch.full((num_samples,), self.null_class, device=self.device)
+        if labels is None:
+            raise ValueError(f"labels=None; this prior has {num_classes} classes, give one label per grid")
+        labels = whole_numbers("labels", labels, num_classes)
+        if labels.shape != (num_samples,):
+            raise ValueError(f"labels of shape {tuple(labels.shape)}; the rule is one per grid, ({num_samples},)")
+        return labels.to(self.device)
+
+    def sequences(self, tokens: Tensor) -> Tensor:
+        """Whole grids as (B, h*w) int64 on the model's device; ValueError if wrong."""
+        height, width = self.config.grid_size
+        shape = tuple(torch.as_tensor(tokens).shape)
+        if len(shape) == 4:
+            raise ValueError(
+                f"tokens of shape {shape} have several codebooks per position, and this prior models one token per "
+                f"position; use a tokenizer with a single codebook"
+            )
+        if shape[1:] not in ((height, width), (height * width,)) or not shape[0]:
+            raise ValueError(
+                f"tokens of shape {shape}; the rule is (B, {height}, {width}) or (B, {height * width}), the grid_size "
+                f"that the prior was made for, with B at least 1"
+            )
+        return whole_numbers("tokens", tokens, self.config.vocab_size).flatten(1).to(self.device)
+
+    def prefixes(self, prefix: Tensor | None, num_samples: int) -> Tensor:
+        """The first tokens of each grid as (B, n) int64 on the model's device; ValueError if wrong."""
+        height, width = self.config.grid_size
+        if prefix is None:
+            return torch.empty(num_samples, 0, dtype=torch.int64, device=self.device)
+        shape = tuple(prefix.shape)
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != width):
+            raise ValueError(f"prefix of shape {shape}; the rule is first tokens (B, n) or first rows (B, n, {width})")
+        prefix = whole_numbers("prefix tokens", prefix, self.config.vocab_size).flatten(1)
+        if prefix.shape[1] > self.num_tokens:
+            raise ValueError(
+                f"prefix of {prefix.shape[1]} tokens is longer than the grid, {height} x {width} = {self.num_tokens}; "
+                f"give only the first ones"
+            )
+        return prefix.to(self.device)
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise ValueError unless the prior was trained on tokens of the tokenizer with this fingerprint."""
+        expected = self.config.tokenizer_fingerprint
+        if fingerprint != expected:
+            raise ValueError(
+                f"the tokenizer has fingerprint {fingerprint} and this prior was trained on tokens of {expected}; "
+                f"load that tokenizer ({self.config.tokenizer or 'its repo id is not stated'})"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a grid, h * w."""
+        height, width = self.config.grid_size
+        return height * width
+
+    @property
+    def null_class(self) -> int:
+        """The row of the class embedding that stands for no class."""
+        return self.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def card_usage(self) -> str:
+        return USAGE.replace("REQUEST", "labels=[0]" if self.config.num_classes else "num_samples=1")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block: likelihoods and samples never depend on dropout."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+
+def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:
+    """The values as int64; ValueError where they are not integers in [0, limit), which compiled code does not check."""
+    values = torch.as_tensor(values)
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} of {values.dtype}; the rule is integers in [0, {limit})")
+    values = values.long()
+    if values.numel() and not torch.compiler.is_compiling():
+        low, high = (value.item() for value in values.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"{name} run from {low} to {high}; they must lie in [0, {limit}), as the prior's config says"
+            )
+    return values
+
+
+def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | None, prefix: Tensor | None) -> int:
+    """How many grids the arguments of `generate` ask for, by default 1; ValueError where they disagree."""
+    given = {"labels": labels, "num_samples": num_samples, "prefix": prefix}
+    counts = {
+        name: value if name == "num_samples" else len(value) for name, value in given.items() if value is not None
+    }
+    asked = ", ".join(f"{count} by {name}" for name, count in counts.items())
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"different numbers of grids are asked for: {asked}; give the same number, or only one of them"
+        )
+    num_samples = next(iter(counts.values()), 1)
+    if num_samples < 1:
+        raise ValueError(f"{asked}: at least one grid must be asked for")
+    return num_samples
+
+
+PRIORS = {"autoregressive": AutoregressivePrior}

@@ -1,0 +1,77 @@
+"""PriorConfig: exactly what a prior's config.json holds. SIZES: the widths and depths of the field."""
+
+import re
+from dataclasses import dataclass
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from tokenizer.pretrained import PretrainedConfig
+
+
+@dataclass
+class PriorConfig(PretrainedConfig):
+    """What is modelled (the grid, its vocabulary, its classes, its tokenizer) and the network that models it."""
+
+    vocab_size: int  # number of different tokens; they lie in [0, vocab_size)
+    grid_size: list[int]  # [h, w], tokens per column and per row of the grid
+    num_classes: int = 0  # labels lie in [0, num_classes); 0: unconditional
+    width: int = 256  # components of the residual stream
+    num_layers: int = 6
+    num_heads: int = 4  # each of width / num_heads components, a multiple of 4
+    dropout: float = 0.1  # in [0, 1), of the embeddings and of what each branch adds to the residual stream
+    class_dropout: float = 0.1  # in [0, 1), share of labels dropped in training; 0 gives up classifier-free guidance
+    tokenizer: str | None = None  # repo id of the tokenizer that made the tokens, never a path; null where it has none
+    tokenizer_fingerprint: str | None = None  # its `fingerprint`, 64 hexadecimal digits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 2; take the tokenizer's vocab_size")
+        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
+            raise ValueError(f"grid_size={self.grid_size} must be [h, w], both at least 1; see tokenizer.grid_size")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes} must be at least 0; 0 is an unconditional prior")
+        self.check_network()
+        self.check_origin()
+
+    def check_network(self) -> None:
+        """Raise ValueError for a network that cannot be built."""
+        for name in ("width", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; SIZES has whole sets that work")
+        if self.width % (4 * self.num_heads):
+            raise ValueError(
+                f"width={self.width} is not a multiple of 4 * num_heads={4 * self.num_heads}: half of each head turns "
+                f"with the row and half with the column, in pairs; change width or num_heads"
+            )
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1); 0 drops nothing")
+
+    def check_origin(self) -> None:
+        """Raise ValueError where the tokenizer is not named as it must be."""
+        if self.tokenizer is not None:
+            try:
+                validate_repo_id(self.tokenizer)
+            except HFValidationError:
+                raise ValueError(
+                    f"tokenizer={self.tokenizer!r} must be a repo id such as 'org/name'; give null where the "
+                    f"tokenizer is not published"
+                ) from None
+        fingerprint = self.tokenizer_fingerprint
+        if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", fingerprint):
+            raise ValueError(
+                f"tokenizer_fingerprint={fingerprint!r} must be 64 hexadecimal digits; take tokenizer.fingerprint"
+            )
+
+
+# PriorConfig(vocab_size=16384, grid_size=[16, 16], num_classes=1000, **SIZES["large"]). All but the first are those of
+# LlamaGen (Sun et al. 2024, arXiv:2406.06525, table 1); the parameters are counted at the numbers of this example.
+SIZES = {
+    "laptop": {"width": 256, "num_layers": 6, "num_heads": 4},  # 13.8 million
+    "base": {"width": 768, "num_layers": 12, "num_heads": 12},  # 111 million
+    "large": {"width": 1024, "num_layers": 24, "num_heads": 16},  # 343 million
+    "xlarge": {"width": 1280, "num_layers": 36, "num_heads": 20},  # 775 million
+    "xxlarge": {"width": 1536, "num_layers": 48, "num_heads": 24},  # 1.41 billion
+}

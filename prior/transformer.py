@@ -1,0 +1,157 @@
+"""The network of the priors: a Llama-like transformer over places in a plane.
+
+Blocks that normalise before each branch, without biases (Touvron et al. 2023, arXiv:2302.13971), as LlamaGen has them
+(Sun et al. 2024, arXiv:2406.06525), with query-key normalisation (Dehghani et al. 2023, arXiv:2302.05442, section 2).
+Shapes: B batch, T positions, W width, n positions of this call (T without a cache), d = W / num_heads.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+ROTARY_BASE = (
+    100.0  # of a grid's sides, which are short (Heo et al. 2024, arXiv:2403.13298, section 3.2); text has 10,000
+)
+INITIAL_STD = 0.02  # of all weights but those of the projections (GPT-2)
+
+
+class KVCache:
+    """Keys and values of one attention layer for up to `capacity` positions, reserved by the first `append`."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0  # positions held
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add n positions, keys and values (B, heads, n, d); returns those of all positions so far, as views."""
+        if self.length == 0:
+            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def rotary_angles(coordinates: Tensor, head_width: int) -> Tensor:
+    """Angles (n, d / 2) of the pairs of a head at coordinates (n, 2): a quarter of d turns by rows, one by columns.
+
+    Rotary positions (Su et al. 2021, arXiv:2104.09864, equation 15), one axis per half of the head. They are computed
+    at each use: a stored table would stay without values in a model that was built on the meta device.
+    """
+    num_frequencies = head_width // 4
+    frequencies = ROTARY_BASE ** -(torch.arange(num_frequencies, device=coordinates.device) / num_frequencies)
+    return (coordinates.float()[:, :, None] * frequencies).flatten(1)  # no einsum: autocast would round it to bf16
+
+
+def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Vectors (..., n, d) with component i and i + d / 2 turned as a pair, by angles (n, d / 2), in float32."""
+    first, second = vectors.float().chunk(2, dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1).type_as(vectors)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, arXiv:1910.07467, equation 4, in float32 whatever the type of the input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), eps=1e-6).type_as(hidden)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with query-key normalisation and rotary positions."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.expand = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = RMSNorm(width // num_heads)
+        self.key_norm = RMSNorm(width // num_heads)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
+        parts = rearrange(self.expand(hidden), "b n (p heads d) -> p b heads n d", p=3, heads=self.num_heads)
+        queries, keys, values = parts.unbind()
+        queries, keys = rotate(self.query_norm(queries), angles), rotate(self.key_norm(keys), angles)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        num_queries, num_keys = queries.shape[2], keys.shape[2]
+        assert num_queries in (1, num_keys), "after its first call a cache takes one position at a time"
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=num_queries > 1)
+        return self.project(rearrange(attended, "b heads n d -> b n (heads d)"))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020, arXiv:2002.05202, equation 6, 8/3 times as wide inside (Llama), in multiples of 256 (LlamaGen)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        inner_width = -(-8 * width // (3 * 256)) * 256
+        self.expand = nn.Linear(width, 2 * inner_width, bias=False)
+        self.project = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, value = self.expand(hidden).chunk(2, dim=-1)
+        return self.project(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.feed_forward_norm = RMSNorm(width)
+        self.feed_forward = SwiGLU(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, angles: Tensor, cache: KVCache | None) -> Tensor:
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), angles, cache))
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class Transformer(nn.Module):
+    """Blocks and a last normalisation; what goes in and what is read off are its owner's.
+
+    A training program may set `activation_checkpointing`: each block is then computed again in the backward pass,
+    which takes a third more time and leaves only its input in memory (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(self, width: int, num_layers: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.head_width = width // num_heads
+        self.blocks = nn.ModuleList([Block(width, num_heads, dropout) for _ in range(num_layers)])
+        self.norm = RMSNorm(width)
+        self.activation_checkpointing = False
+        self.apply(initialize)
+        for block in self.blocks:  # each adds to the stream; so scaled, its variance does not grow with depth (GPT-2)
+            for branch in (block.attention, block.feed_forward):
+                nn.init.normal_(branch.project.weight, std=INITIAL_STD / (2 * num_layers) ** 0.5)
+
+    def forward(self, hidden: Tensor, coordinates: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Inputs (B, n, W) at coordinates (n, 2), row and column, to (B, n, W); each sees itself and those before it.
+
+        With caches, one per block, the inputs follow those held there: any number at first, then one per call.
+        """
+        angles = rotary_angles(coordinates, self.head_width)
+        for index, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                hidden = checkpoint(block, hidden, angles, None, use_reentrant=False)
+            else:
+                hidden = block(hidden, angles, caches[index] if caches else None)
+        return self.norm(hidden)
+
+    def empty_caches(self, capacity: int) -> list[KVCache]:
+        """One cache per block for up to `capacity` positions."""
+        return [KVCache(capacity) for _ in self.blocks]
+
+
+def initialize(module: nn.Module) -> None:
+    """Draw the weights of a linear layer or an embedding; for `nn.Module.apply`."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INITIAL_STD)

@@ -1,0 +1,130 @@
+"""The run folder: who may use it, and checkpoints that a kill at any moment cannot spoil.
+
+    run.yaml            every setting
+    checkpoints/step_N  what Accelerate saves (weights, optimizer, scaler, RNG, averaged weights), state_RANK.json
+    config.json, model.safetensors, README.md   the finished model
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from tokenizer.pretrained import CARD_NAME, written_whole
+
+from .config import RunError, UserError, differences, to_yaml
+
+SETTINGS_NAME = "run.yaml"
+# Settings that leave the trained weights as they are; a run may go on with other values of these.
+FREE_SETTINGS = ("output_dir", "save_every", "keep_checkpoints", "log_with", "push_to_hub", "card")
+
+
+def settings_that_matter(config: Any) -> dict[str, Any]:
+    """The nested settings that decide the result. Workers decide it where they share out a stream."""
+    free = FREE_SETTINGS if config.streaming else (*FREE_SETTINGS, "num_workers")
+    return {key: value for key, value in asdict(config).items() if key not in free}
+
+
+class RunFolder:
+    """One run on disk; `check` before anything is built, `claim` once everything else is known to be right."""
+
+    def __init__(self, config: Any):
+        self.config, self.path = config, Path(config.output_dir)
+        self.checkpoints = self.path / "checkpoints"
+
+    def check(self) -> None:
+        """Raise UserError where the folder holds another run, or things that are no run."""
+        settings = self.path / SETTINGS_NAME
+        if not settings.is_file():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(f"output_dir={self.path} exists and is no run of ours; choose another output_dir=...")
+            return
+        ours = settings_that_matter(self.config)
+        theirs = {key: value for key, value in yaml.safe_load(settings.read_text()).items() if key in ours}
+        changed = [f"{key}={a!r} (there {b!r})" for key, (a, b) in differences(ours, theirs).items()]
+        if changed:
+            raise UserError(
+                f"output_dir={self.path} holds a run with other settings: {', '.join(changed)}; "
+                f"start this one elsewhere with output_dir=..., or repeat the settings of that one"
+            )
+
+    def claim(self, accelerator: Accelerator) -> None:
+        """Make the folder this run's own and sweep out what a killed save has left."""
+        if accelerator.is_main_process:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoints.glob(".*"):
+                shutil.rmtree(leftover)
+            with written_whole(self.path / SETTINGS_NAME) as part:
+                part.write_text(to_yaml(self.config))
+        accelerator.wait_for_everyone()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end: the model card is the last file that it writes."""
+        return (self.path / CARD_NAME).is_file()
+
+    def sample(self, step: int) -> Path:
+        """Where the sample pictures of a step are drawn."""
+        return self.path / "samples" / f"step_{step:06d}.png"
+
+    def saved_steps(self) -> list[int]:
+        """The steps of the complete checkpoints, in order."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.checkpoints.glob("step_*"))
+
+    def save(self, accelerator: Accelerator, step: int, corrupt: set[str]) -> None:
+        """Write a checkpoint aside, rename it when it is whole on every rank, and delete those that are too old."""
+        part, whole = self.checkpoints / f".step_{step}", self.checkpoints / f"step_{step}"
+        try:
+            accelerator.save_state(str(part))
+            state = {"step": step, "num_ranks": accelerator.num_processes, "corrupt": sorted(corrupt)}
+            (part / rank_file(accelerator)).write_text(json.dumps(state))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                flush_to_disk(part)
+                os.replace(part, whole)
+                for old in self.saved_steps()[: -self.config.keep_checkpoints]:
+                    discarded = self.checkpoints / f".old_{old}"  # a kill here leaves no half-deleted checkpoint
+                    os.replace(self.checkpoints / f"step_{old}", discarded)
+                    shutil.rmtree(discarded)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = f"step_{self.saved_steps()[-1]} is the last good one" if self.saved_steps() else "there is none yet"
+            raise RunError(
+                f"the checkpoint of step {step} could not be written ({' '.join(str(error).split())[:200]}); {kept}; "
+                f"make room in {self.checkpoints} and give the same command again"
+            ) from error
+        accelerator.wait_for_everyone()
+
+    def load(self, accelerator: Accelerator) -> tuple[int, set[str]]:
+        """Restore the newest checkpoint: the number of steps done and the corrupt images met; (0, none) without one."""
+        steps = self.saved_steps()
+        if not steps:
+            return 0, set()
+        newest = self.checkpoints / f"step_{steps[-1]}"
+        saved_by = len(list(newest.glob("state_*.json")))
+        if saved_by != accelerator.num_processes:
+            raise UserError(
+                f"{newest} was saved by {saved_by} processes and this run has {accelerator.num_processes}; "
+                f"the order of the data depends on it: give the same number, or another output_dir=..."
+            )
+        accelerator.load_state(str(newest))
+        state = json.loads((newest / rank_file(accelerator)).read_text())
+        return state["step"], set(state["corrupt"])
+
+
+def rank_file(accelerator: Accelerator) -> str:
+    """Where a rank keeps its own state."""
+    return f"state_{accelerator.process_index}.json"
+
+
+def flush_to_disk(folder: Path) -> None:
+    """fsync every file, so that a rename never precedes the data on a crash of the machine."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,356 @@
+"""Images for training and validation, read through `datasets`; what is random depends on (seed, epoch, sample) alone.
+
+`data` is "photographs" (those inside scikit-image and scikit-learn), a path on disk or a Hub id. Images stay encoded
+until a worker needs them, so that an unreadable one can be skipped, counted and named.
+"""
+
+import glob
+import itertools
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, skip_first_batches
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset, load_dataset_builder
+from datasets.distributed import split_dataset_by_node
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from tokenizer.images import convert, pil_to_tensor, prepare_pil, resize_short_side
+
+from .config import DataSettings, RunError, TokenizerRun, UserError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = {  # colour photographs that the two packages ship; the validation ones are seen in training by no crop
+    "train": {
+        "skimage": "astronaut.png coffee.png hubble_deep_field.jpg ihc.png motorcycle_left.png motorcycle_right.png "
+        "retina.jpg rocket.jpg",
+        "sklearn": "china.jpg",
+    },
+    "validation": {"skimage": "chelsea.png", "sklearn": "flower.jpg"},
+}
+HELD_OUT = 50  # one image in fifty is held out where the data has no validation split
+MAX_EVAL_SIDE = 1024  # pixels; larger validation images are cropped to it
+PROBED_IMAGES = 64  # before a run starts, until one can be read
+CACHE_BYTES = 256 * 2**20  # decoded images that a worker keeps
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+
+Unreadable = tuple[str, str]  # the name of an image and why it could not be decoded
+
+
+@dataclass
+class ImageSource:
+    """The rows of a split, images still encoded, and what its columns are."""
+
+    rows: Dataset | IterableDataset
+    image_column: str
+    label_column: str | None
+    class_names: list[str] | None
+
+    def image(self, row: dict[str, Any]) -> PILImage.Image:
+        """The decoded picture of a row; raises whatever the decoder raises."""
+        return Image().decode_example(row[self.image_column])
+
+    def name(self, row: dict[str, Any]) -> str:
+        """The path of a row's image where it has one, else a checksum of its bytes."""
+        value = row[self.image_column]
+        return value["path"] or f"the image with crc32 {zlib.crc32(value['bytes']):08x}"
+
+
+def open_sources(config: TokenizerRun) -> tuple[ImageSource, list[dict[str, Any]]]:
+    """The training images, and the first `data_options.eval_images` rows of the validation images."""
+    options = config.data_options
+    if config.data == "photographs":
+        train, validation = embedded("train"), embedded("validation")
+    else:
+        train, validation = load_splits(config)
+    source = find_columns(train, config.data, options)
+    rows = validation.cast_column(source.image_column, Image(decode=False))
+    return source, list(itertools.islice(rows, options.eval_images))
+
+
+def embedded(split: str) -> Dataset:
+    """The photographs inside scikit-image and scikit-learn as a dataset of their files."""
+    import skimage
+    import sklearn
+
+    folders = {"skimage": Path(skimage.__file__).parent / "data", "sklearn": Path(sklearn.__file__).parent / "datasets/images"}
+    paths = [str(folders[package] / name) for package, names in EMBEDDED[split].items() for name in names.split()]
+    return Dataset.from_dict({"image": paths}, features=Features({"image": Image(decode=False)}))
+
+
+def load_splits(config: TokenizerRun) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """The training and the validation split, one image in fifty held out where there is none."""
+    arguments = locate(config.data, config.data_options.subset)
+    try:
+        builder = load_dataset_builder(**arguments)
+        names = list(builder.info.splits or builder.config.data_files or [])
+        wanted = config.eval_split or next((name for name in ("validation", "test") if name in names), None)
+        for key, name in [("split", config.split), ("eval_split", wanted)]:
+            if name is not None and names and name not in names:
+                raise UserError(f"{key}={name} is not a split of {config.data}; it has {', '.join(names)}")
+        train = load_dataset(**arguments, split=config.split, streaming=config.streaming)
+        if wanted is not None and wanted != config.split:
+            return train, load_dataset(**arguments, split=wanted, streaming=config.streaming)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a different type for every way in which reading can fail
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reading = "read as a path" if "path" not in arguments or is_path(config.data) else "read as a Hub id, for there is no such path"
+        raise UserError(f"data={config.data} ({reading}) cannot be read: {reason[:300]}") from None
+    return hold_out(train, config.seed)
+
+
+def is_path(data: str) -> bool:
+    """Whether `data` means the disk: it exists there, has a wildcard, or starts as only paths do."""
+    return data.startswith((".", "/", "~")) or os.path.exists(data) or glob.has_magic(data)
+
+
+def locate(data: str, subset: str | None) -> dict[str, Any]:
+    """The arguments by which `datasets` opens `data`; UserError for a path where nothing is."""
+    if not is_path(data):
+        return {"path": data, "name": subset}
+    path = os.path.expanduser(data)
+    if os.path.isdir(path):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(f"data={data} cannot be read: permission denied; change its mode or run as its owner")
+        return {"path": path}
+    files = sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise UserError(f"data={data} is read as a path, and there is no file or folder of that name")
+    builder = BUILDERS.get(Path(files[0]).suffix.lower(), "imagefolder")
+    return {"path": builder, "data_files": {"train": files}}
+
+
+def hold_out(rows: Dataset | IterableDataset, seed: int) -> tuple[Any, Any]:
+    """Training and validation rows from one split, the same for every rank, run and order of reading."""
+    if isinstance(rows, Dataset):
+        if len(rows) < 2:
+            raise UserError(f"the data holds {len(rows)} images; one to train on and one to validate on are the least")
+        parts = rows.train_test_split(max(1, len(rows) // HELD_OUT), seed=seed)
+        return parts["train"], parts["test"]
+    column = find_columns(rows, "the stream", DataSettings()).image_column
+    encoded = rows.cast_column(column, Image(decode=False))
+
+    def held_out(row: dict[str, Any]) -> bool:
+        value = row[column]
+        return zlib.crc32(value["bytes"] or value["path"].encode(), seed) % HELD_OUT == 0
+
+    return encoded.filter(lambda row: not held_out(row)), encoded.filter(held_out)
+
+
+def find_columns(rows: Dataset | IterableDataset, data: str, options: DataSettings) -> ImageSource:
+    """The image and the class column by their feature type, or as the options name them; UserError where unclear."""
+    features = rows.features or rows._resolve_features().features
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    for key, name in [("image_column", options.image_column), ("label_column", options.label_column)]:
+        if name is not None and name not in features:
+            raise UserError(f"data_options.{key}={name} is not a column of {data}; it has {', '.join(features)}")
+    if options.image_column is None and len(images) != 1:
+        found = f"{len(images)} columns of images ({', '.join(images)})" if images else "no column of images"
+        raise UserError(f"{data} has {found} among {', '.join(features)}; choose one: data_options.image_column=...")
+    image_column = options.image_column or images[0]
+    label_column = options.label_column or (labels[0] if len(labels) == 1 else None)
+    classes = features[label_column].names if label_column in labels else None
+    return ImageSource(rows.cast_column(image_column, Image(decode=False)), image_column, label_column, classes)
+
+
+class CropMaker:
+    """Training crops of one source: a picture prepared, cut at random, perhaps mirrored."""
+
+    def __init__(self, source: ImageSource, config: TokenizerRun):
+        self.source, self.size, self.flip = source, config.image_size, config.data_options.flip
+        self.channels, self.resize, self.seed = config.model.image_channels, config.model.resize, config.seed
+
+    def picture(self, row: dict[str, Any]) -> Tensor:
+        """A row's picture as uint8 (C, H, W), both sides at least the crop's; raises whatever decoding raises."""
+        image = convert(self.source.image(row), self.channels)
+        if self.resize is not None:
+            image = resize_short_side(image, self.resize)
+        if min(image.size) < self.size:
+            image = resize_short_side(image, self.size)
+        return pil_to_tensor(image)
+
+    def crop(self, picture: Tensor, *sample: int) -> Tensor:
+        """uint8 (C, image_size, image_size), a function of the picture, the seed and the sample's numbers alone."""
+        random = np.random.default_rng((self.seed, *sample))
+        top, left = (int(random.integers(side - self.size + 1)) for side in picture.shape[1:])
+        cut = picture[:, top : top + self.size, left : left + self.size]
+        return cut.flip(2) if self.flip and random.random() < 0.5 else cut
+
+
+class MappedCrops(torch.utils.data.Dataset):
+    """(epoch, index) -> (crop, the unreadable images met on the way); decoded pictures are kept while there is room."""
+
+    def __init__(self, source: ImageSource, config: TokenizerRun):
+        self.maker, self.rows = CropMaker(source, config), source.rows
+        self.kept: dict[int, Tensor] = {}
+        self.room = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor, list[Unreadable]]:
+        epoch, index = sample
+        corrupt: list[Unreadable] = []
+        for candidate in (*range(index, len(self)), *range(index)):  # the next readable one stands in
+            try:
+                return self.maker.crop(self.picture(candidate), epoch, index), corrupt
+            except Exception as error:  # a decoder may raise anything on damaged bytes
+                corrupt.append((self.maker.source.name(self.rows[candidate]), str(error)))
+        raise RuntimeError("no image of the data can be read any more")
+
+    def picture(self, index: int) -> Tensor:
+        """The prepared picture of a row, decoded once where it can be kept."""
+        picture = self.kept.get(index)
+        if picture is None:
+            picture = self.maker.picture(self.rows[index])
+            if picture.numel() <= self.room:
+                self.room -= picture.numel()
+                self.kept[index] = picture
+        return picture
+
+
+class StreamedCrops(torch.utils.data.IterableDataset):
+    """The same from a stream, endless: each row once per epoch over all ranks and workers.
+
+    A resumed run replays the seeded order: `skip` images of each worker are read again but not decoded, those that
+    were unreadable (`known_corrupt`) not counted.
+    """
+
+    def __init__(self, source: ImageSource, config: TokenizerRun, rank: int, skip: int, known_corrupt: set[str]):
+        self.maker, self.rows, self.rank, self.skip = CropMaker(source, config), source.rows, rank, skip
+        self.buffer, self.known_corrupt = config.data_options.shuffle_buffer, known_corrupt
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+        worker = torch.utils.data.get_worker_info()
+        corrupt: list[Unreadable] = []
+        skip = self.skip
+        for epoch in itertools.count():
+            # A new shuffle rather than set_epoch: its epoch lives in memory that all workers share and would race for.
+            rows = self.rows.shuffle(seed=self.maker.seed + epoch, buffer_size=self.buffer)
+            number = -1
+            for number, row in enumerate(rows):
+                if skip > 0:
+                    skip -= not (self.known_corrupt and self.maker.source.name(row) in self.known_corrupt)
+                    continue
+                try:
+                    picture = self.maker.picture(row)
+                except Exception as error:  # a decoder may raise anything on damaged bytes
+                    corrupt.append((self.maker.source.name(row), str(error)))
+                    continue
+                yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), corrupt
+                corrupt = []
+            if number < 0:
+                return  # no shard for this worker
+
+
+class EndlessOrder(Sampler[tuple[int, int]]):
+    """(epoch, index) of every sample of every epoch, the order of an epoch drawn from (seed, epoch) alone."""
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples, self.seed = num_samples, seed
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for epoch in itertools.count():
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            yield from ((epoch, int(index)) for index in order)
+
+
+def collate(samples: list[tuple[Tensor, list[Unreadable]]]) -> tuple[Tensor, list[Unreadable]]:
+    """A batch of crops uint8 (B, C, S, S) and the unreadable images met while making it."""
+    crops, corrupt = zip(*samples, strict=True)
+    return torch.stack(crops), list(itertools.chain.from_iterable(corrupt))
+
+
+def training_batches(
+    source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
+) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+    """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
+    shared = {"batch_size": config.batch_size, "collate_fn": collate, "generator": torch.Generator()}
+    shared["pin_memory"] = accelerator.device.type == "cuda"
+    if isinstance(source.rows, Dataset):
+        order = EndlessOrder(len(source.rows), config.seed)
+        loader = DataLoader(MappedCrops(source, config), sampler=order, num_workers=config.num_workers, **shared)
+        return iter(skip_first_batches(accelerator.prepare_data_loader(loader), batches_done))
+    rows = split_dataset_by_node(source.rows, accelerator.process_index, accelerator.num_processes)
+    num_workers = min(config.num_workers, rows.num_shards)
+    rounds, extra = divmod(batches_done, max(1, num_workers))  # workers take turns, a batch each
+    crops = StreamedCrops(
+        replace(source, rows=rows), config, accelerator.process_index, rounds * config.batch_size, known_corrupt
+    )
+    loader = itertools.islice(DataLoader(crops, num_workers=num_workers, **shared), extra, None)
+    return ((images.to(accelerator.device, non_blocking=True), corrupt) for images, corrupt in loader)
+
+
+def evaluation_batches(
+    source: ImageSource, rows: list[dict[str, Any]], config: TokenizerRun, factor: int
+) -> Iterator[Tensor]:
+    """Whole validation pictures as `encode` prepares them, uint8 (B, C, H, W); neighbours of one size share a batch."""
+    batch: list[Tensor] = []
+    for row in rows:
+        try:
+            image = prepare_pil(source.image(row), config.model.image_channels, factor, config.model.resize)
+        except Exception as error:  # a decoder may raise anything on damaged bytes
+            log.warning("validation image skipped: %s: %s", source.name(row), error)
+            continue
+        picture = pil_to_tensor(centre(image, MAX_EVAL_SIDE // factor * factor))
+        if batch and (batch[0].shape != picture.shape or len(batch) == config.batch_size):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield torch.stack(batch)
+
+
+def centre(image: PILImage.Image, limit: int) -> PILImage.Image:
+    """The centre of a picture, no side longer than `limit` pixels."""
+    width, height = (min(side, limit) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def check_readable(source: ImageSource, data: str) -> None:
+    """Raise UserError where none of the first images can be read."""
+    failures = []
+    for row in itertools.islice(source.rows, PROBED_IMAGES):
+        try:
+            source.image(row)
+            return
+        except Exception as error:  # a decoder may raise anything on damaged bytes
+            failures.append(f"{source.name(row)}: {error}")
+    if not failures:
+        raise UserError(f"data={data} holds no images")
+    raise UserError(f"data={data}: none of the first {len(failures)} images can be read, such as {failures[0]}")
+
+
+class CorruptCounter:
+    """Names each unreadable image in the log once, and stops the run where there are too many."""
+
+    def __init__(self, config: TokenizerRun, source: ImageSource, known: set[str]):
+        self.fraction, self.names = config.data_options.max_corrupt_fraction, set(known)
+        self.num_rows = len(source.rows) if isinstance(source.rows, Dataset) else None
+        self.images_seen = 0
+
+    def add(self, num_images: int, corrupt: list[Unreadable]) -> None:
+        """Count a batch; RunError once more than the fraction (and more than one) could not be read."""
+        self.images_seen += num_images
+        for name, reason in corrupt:
+            if name not in self.names:
+                self.names.add(name)
+                log.warning("unreadable image %d skipped: %s: %s", len(self.names), name, reason)
+        total = self.num_rows or max(self.images_seen, 1000)  # of a stream, so that its first image decides nothing
+        if len(self.names) > max(1, self.fraction * total):
+            raise RunError(
+                f"{len(self.names)} of {total} images cannot be read, more than the share "
+                f"data_options.max_corrupt_fraction={self.fraction}; the log names them: mend or remove them, or raise it"
+            )

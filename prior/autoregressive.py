@@ -122,7 +122,7 @@ class AutoregressivePrior(PretrainedModel):
     ) -> Tensor:
         """Continue the prefixes (B, n) of one batch to whole sequences (B, h*w); `uniforms` (B, h*w), scales per token.
 
-        With guidance the batch runs twice as high in a single pass: with the classes above, the null class below.
+        With guidance a single pass takes the batch twice: first with its classes, then with the null class.
         """
         guided = any(scale != 1 for scale in scales)
         if guided:
@@ -191,7 +191,8 @@ class AutoregressivePrior(PretrainedModel):
     def sequences(self, tokens: Tensor) -> Tensor:
         """Whole grids as (B, h*w) int64 on the model's device; ValueError if wrong."""
         height, width = self.config.grid_size
-        shape = tuple(torch.as_tensor(tokens).shape)
+        tokens = torch.as_tensor(tokens)
+        shape = tuple(tokens.shape)
         if len(shape) == 4:
             raise ValueError(
                 f"tokens of shape {shape} have several codebooks per position, and this prior models one token per "
@@ -276,10 +277,12 @@ def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tens
 
 def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | None, prefix: Tensor | None) -> int:
     """How many grids the arguments of `generate` ask for, by default 1; ValueError where they disagree."""
-    given = {"labels": labels, "num_samples": num_samples, "prefix": prefix}
     counts = {
-        name: value if name == "num_samples" else len(value) for name, value in given.items() if value is not None
+        "labels": None if labels is None else torch.as_tensor(labels).numel(),
+        "num_samples": num_samples,
+        "prefix": None if prefix is None else len(prefix),
     }
+    counts = {name: count for name, count in counts.items() if count is not None}
     asked = ", ".join(f"{count} by {name}" for name, count in counts.items())
     if len(set(counts.values())) > 1:
         raise ValueError(

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-ROTARY_BASE = (
-    100.0  # of a grid's sides, which are short (Heo et al. 2024, arXiv:2403.13298, section 3.2); text has 10,000
-)
+ROTARY_BASE = 100.0  # text has 10,000; the sides of a grid are short (Heo et al. 2024, arXiv:2403.13298, section 3.2)
 INITIAL_STD = 0.02  # of all weights but those of the projections (GPT-2)
 
 

@@ -388,6 +388,7 @@ def test_tokens_and_labels_that_the_config_does_not_describe_are_refused(prior, 
     [
         ({"labels": None}, "labels=None; this prior has 2 classes"),
         ({"labels": [0, 5]}, r"labels run from 0 to 5; they must lie in \[0, 2\)"),
+        ({"labels": 1}, r"labels of shape \(\); the rule is one per grid"),
         ({"labels": []}, "0 by labels: at least one grid"),
         ({"labels": [0], "num_samples": 2}, "1 by labels, 2 by num_samples; give the same number"),
         ({"labels": [0], "prefix": torch.zeros(1, 5, dtype=torch.int64)}, "prefix of 5 tokens is longer than the grid"),

@@ -1,4 +1,4 @@
-"""Saving, strict loading, fingerprints, publishing; a story with the Hub runs in its own process and says what it saw."""
+"""Saving, strict loading, fingerprints, publishing; a story with the Hub runs in a process of its own."""
 
 import io
 import json
@@ -117,7 +117,7 @@ def test_the_code_on_the_card_runs_as_it_stands(published):
 
 
 def test_a_failed_upload_raises_and_changes_nothing_and_a_second_try_succeeds(published):
-    assert published["refusal"].startswith("HfHubHTTPError: 403 Forbidden")
+    assert published["refusal"].startswith("HfHubHTTPError: 403")
     assert published["refused"] == [published["commits"][1].oid, published["model"]]
     assert published["second try"][1] == published["newer"]
 
@@ -139,7 +139,7 @@ def test_a_name_without_an_owner_is_published_as_the_users_own(published):
 
 @pytest.mark.parametrize("token", ["wrong token", "no token"])
 def test_pushing_without_the_right_token_is_refused(published, token):
-    assert published[token].startswith("HfHubHTTPError: Client error '401 Unauthorized'")
+    assert "401 Unauthorized" in published[token]
     assert "org/forbidden" not in published["repos"]
 
 
@@ -151,10 +151,8 @@ def test_without_the_hub_a_cached_model_loads(published, state):
 
 @pytest.mark.parametrize("state", ["offline", "no connection"])
 def test_without_the_hub_a_model_never_cached_is_a_file_not_found_error_with_both_readings(published, state):
-    message = (
-        "FileNotFoundError: 'org/never-cached' is neither a folder here nor a model that could be read from the Hub"
-    )
-    assert published[state]["never cached"].startswith(message)
+    error = "FileNotFoundError: 'org/never-cached' is neither a folder here nor a model that could be read from the Hub"
+    assert published[state]["never cached"].startswith(error)
 
 
 @pytest.mark.parametrize("name", ["license", "data", "data_license"])

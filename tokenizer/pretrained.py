@@ -8,10 +8,11 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 import torch
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -86,6 +87,8 @@ class PretrainedConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], format_version: int, where: str) -> Self:
         """The config of a saved model; ValueError for an unknown or a missing key, a wrong type or a newer version."""
+        if type(format_version) is not int or format_version < 1:
+            raise ValueError(f"{where} has format_version {format_version!r}; the rule is a whole number from 1 on")
         if format_version > cls.format_version:
             raise ValueError(
                 f"{where} has format_version {format_version} and this tokengrid reads up to {cls.format_version}; "
@@ -101,15 +104,13 @@ class PretrainedConfig:
             if key not in known:
                 raise unknown_key(key, known, where)
         missing = [key for key in known if key not in values]
-        config = cls(**values) if not missing else None
-        if config is not None:
-            missing = [
-                f"{key}.{inner}"
-                for key, value in asdict(config).items()
-                if isinstance(value, dict)
-                for inner in value
-                if inner not in values[key]
-            ]
+        if not missing:
+            try:
+                config = cls(**values)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            complete = {key: value for key, value in asdict(config).items() if isinstance(value, dict)}
+            missing = [f"{key}.{inner}" for key in complete for inner in complete[key] if inner not in values[key]]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}; a saved config is complete: restore or re-export it")
         return config
@@ -130,7 +131,8 @@ def holder_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any] | None,
     if not outer:
         return values, key
     table, name = outer
-    return (values[table] if values.get(table, {}).get("name") == name else None), key
+    holder = values.get(table)
+    return (holder if isinstance(holder, dict) and holder.get("name") == name else None), key
 
 
 @dataclass
@@ -146,10 +148,12 @@ class ModelCard:
     sample: Path | None = None  # a PNG, copied beside the card
 
     def require_complete(self) -> None:
-        """Raise ValueError unless licence, data and data licence are stated."""
+        """Raise ValueError unless licence, data and data licence are stated and the sample is there."""
         missing = [name for name in ("license", "data", "data_license") if not getattr(self, name)]
         if missing:
             raise ValueError(f"a published model states its {', '.join(missing)}; give them in its ModelCard")
+        if self.sample and not Path(self.sample).is_file():
+            raise ValueError(f"sample={self.sample} is no file; give the path of a PNG, or None")
 
 
 class PretrainedModel(nn.Module):
@@ -179,7 +183,7 @@ class PretrainedModel(nn.Module):
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path, card: ModelCard | None = None, source: str | None = None) -> None:
-        """Write config.json, model.safetensors and README.md; each is written aside and renamed when complete.
+        """Write config.json, model.safetensors and README.md; all are written aside, then renamed when complete.
 
         `source` is what the card's example loads: a repo id, by default the folder's own name.
         """
@@ -188,15 +192,16 @@ class PretrainedModel(nn.Module):
         header = {"model": type(self).__name__, "format_version": self.config.format_version}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        with written_whole(folder / WEIGHTS_NAME) as part:
-            save_file(weights, part, metadata={"format": "pt"})
-        with written_whole(folder / CONFIG_NAME) as part:
-            part.write_text(json.dumps(header | asdict(self.config), indent=2) + "\n")
-        if card.sample:
-            with written_whole(folder / SAMPLE_NAME) as part:
-                shutil.copyfile(card.sample, part)
-        with written_whole(folder / CARD_NAME) as part:
-            part.write_text(self.render_card(card, source or folder.name))
+        with ExitStack() as parts:  # nothing is renamed until everything is written, and the card is renamed last
+
+            def part(name: str) -> Path:
+                return parts.enter_context(written_whole(folder / name))
+
+            part(CARD_NAME).write_text(self.render_card(card, source or folder.resolve().name), encoding="utf-8")
+            if card.sample:
+                shutil.copyfile(card.sample, part(SAMPLE_NAME))
+            part(CONFIG_NAME).write_text(json.dumps(header | asdict(self.config), indent=2) + "\n", encoding="utf-8")
+            save_file(weights, part(WEIGHTS_NAME), metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(
@@ -222,7 +227,9 @@ class PretrainedModel(nn.Module):
             raise ValueError(f"{weights} is damaged ({error}); fetch or save it again") from None
         expected = model.state_dict()
         check_tensors(tensors, expected, weights)
-        model.load_state_dict({name: tensors[name].to(expected[name].dtype) for name in expected}, assign=True)
+        # Copies: safetensors maps the file, and what overwrites it in place would change the model under our hands.
+        own = {name: tensors[name].to(expected[name].dtype, copy=True) for name in expected}
+        model.load_state_dict(own, assign=True)
         return model.eval()
 
     @classmethod
@@ -241,26 +248,22 @@ class PretrainedModel(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    def push_to_hub(
-        self, repo_id: str, card: ModelCard, private: bool | None = None, token: str | None = None, revision: str = "main"
-    ) -> str:
+    def push_to_hub(self, repo_id: str, card: ModelCard, private: bool | None = None, token: str | None = None) -> str:
         """Create the repository if it is not there and upload the model in one commit; returns the commit's address.
 
         The card must state licence, data and data licence. A failed upload leaves the repository as it was.
         """
         card.require_complete()
         hub = HfApi(token=token)
-        hub.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, card, source=repo_id)
             message = f"Upload {type(self).__name__}"
-            return hub.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
-            ).commit_url
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
 
     def render_card(self, card: ModelCard, source: str) -> str:
         """README.md: the Hub's metadata, the sample, how to use it, the measured metrics, the settings."""
-        data = [card.data] if card.data and card.data.count("/") == 1 and " " not in card.data else None
+        data = [card.data] if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", card.data or "") else None
         metadata = ModelCardData(license=card.license, library_name="tokengrid", tags=self.card_tags, datasets=data)
         title = source.rpartition("/")[2]
         parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}"]
@@ -283,7 +286,10 @@ def written_whole(path: Path):
     """A path to write to, renamed to `path` once the block has ended well: a kill leaves the old file or the new."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask says; safetensors leaves its files readable by their owner alone
         yield part
+        part.chmod(mode)
         with open(part, "rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
@@ -298,12 +304,15 @@ def download(repo_id: str, revision: str | None, token: str | None, cache_dir: s
         folder = snapshot_download(
             repo_id, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join([line for line in str(error).splitlines() if line][:2])  # the status, then what was missing
+        where = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a model that could be read from the Hub ({reason}); "
+            f"{repo_id!r} is neither a folder here nor a model that could be read from the Hub{where} ({reason}); "
             f"check the spelling, the connection and the access token"
         ) from error
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{repo_id!r} on the Hub has no {CONFIG_NAME}; pass the id of a tokengrid model")
     return Path(folder)
 
 

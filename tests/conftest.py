@@ -1,0 +1,54 @@
+"""Shared pieces of the tests: tiny real models and pictures."""
+
+import os
+
+# Before any library is imported: tests never reach a network, and BLAS threads of many processes never fight.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenizer import ImageTokenizer, TokenizerConfig
+
+TINY_AUTOENCODER = {
+    "name": "convolutional",
+    "base_channels": 8,
+    "channel_multipliers": [1, 2],
+    "latent_channels": 8,
+    "norm_groups": 4,
+}
+
+
+def tiny_config(**changes) -> TokenizerConfig:
+    """A tokenizer of a few thousand parameters that halves the side; changes are fields of TokenizerConfig."""
+    fields = {
+        "codebook_dim": 4,
+        "autoencoder": TINY_AUTOENCODER,
+        "quantizer": {"name": "ema_vq", "codebook_size": 32},
+    }
+    return TokenizerConfig(**(fields | changes))
+
+
+@pytest.fixture
+def tokenizer() -> ImageTokenizer:
+    torch.manual_seed(0)
+    return ImageTokenizer(tiny_config()).eval()
+
+
+def picture(seed: int, width: int = 24, height: int = 20) -> Image.Image:
+    """A smooth colour picture, so that codes and crops mean something."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> str:
+    """Sixteen small PNG files in one folder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(16):
+        picture(index, width=24 + index % 3, height=20 + index % 4).save(folder / f"{index:02d}.png")
+    return str(folder)

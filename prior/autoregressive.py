@@ -5,8 +5,7 @@ LlamaGen has it (Sun et al. 2024, arXiv:2406.06525, section 2.2).
 Shapes: B batch, h w grid sides, V vocab_size, W width, n tokens of a prefix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -41,6 +40,7 @@ class AutoregressivePrior(PretrainedModel):
     """
 
     config_class = PriorConfig
+    card_caption = "samples"
     card_tags: ClassVar[list[str]] = ["image-generation", "autoregressive", "image-tokens"]
 
     def __init__(self, config: PriorConfig):
@@ -242,22 +242,8 @@ class AutoregressivePrior(PretrainedModel):
         return self.config.num_classes
 
     @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
-    @property
     def card_usage(self) -> str:
         return USAGE.replace("REQUEST", "labels=[0]" if self.config.num_classes else "num_samples=1")
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block: likelihoods and samples never depend on dropout."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
 
 
 def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:

@@ -77,11 +77,14 @@ def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
 def guidance_scales(guidance_scale: float | tuple[float, float], num_positions: int) -> list[float]:
     """The scale at each position: one number, or a pair that it runs between in equal steps, first to last position.
 
-    0 is the model without the class, 1 the model with it (no guidance); a rising pair, as the code of VAR has it (Tian et
-    al. 2024, arXiv:2404.02905), leaves the first tokens varied.
+    0 is the model without the class, 1 the model with it (no guidance); a rising pair, as the code of VAR has it
+    (Tian et al. 2024, arXiv:2404.02905), leaves the first tokens varied.
     """
-    first, last = guidance_scale if isinstance(guidance_scale, (tuple, list)) else (guidance_scale, guidance_scale)
-    for scale in (first, last):
-        if not (scale >= 0 and math.isfinite(scale)):
-            raise ValueError(f"guidance_scale={guidance_scale} must be finite and at least 0; 1 is no guidance")
+    pair = guidance_scale if isinstance(guidance_scale, (tuple, list)) else (guidance_scale, guidance_scale)
+    if len(pair) != 2 or not all(scale >= 0 and math.isfinite(scale) for scale in pair):
+        raise ValueError(
+            f"guidance_scale={guidance_scale} must be one number or (first, last), finite and at least 0; "
+            f"1 is no guidance"
+        )
+    first, last = pair
     return [first + (last - first) * position / max(1, num_positions - 1) for position in range(num_positions)]

@@ -2,9 +2,9 @@
 
 import os
 
-# Before any library is imported: tests never reach a network, and BLAS threads of many processes never fight.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Before any library is imported, and for every process that a test starts: no network, and threads that never fight.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -13,8 +13,11 @@ from PIL import Image
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 
+torch.set_num_threads(1)
+
 TINY_AUTOENCODER = {
     "name": "convolutional",
+    "patch_size": 1,
     "base_channels": 8,
     "channel_multipliers": [1, 2],
     "latent_channels": 8,

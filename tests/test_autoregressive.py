@@ -69,14 +69,16 @@ def test_the_probabilities_of_all_grids_sum_to_one_for_every_class(num_classes):
     for label in range(num_classes) if num_classes else [None]:
         labels = None if label is None else [label] * 81
         probabilities = prior.log_prob(ALL_GRIDS, labels).exp()
-        assert probabilities.shape == (81,) and probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+        assert probabilities.shape == (81,)
+        assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
         assert probabilities.std() > 0.001  # not the uniform distribution, for which this would be easy
 
 
 def test_log_prob_sums_the_logits_that_were_chosen(larger):
     tokens, labels = torch.randint(7, (2, 3, 4)), torch.tensor([0, 2])
     logits = larger(tokens, labels)
-    assert logits.shape == (2, 12, 7) and logits.dtype == torch.float32
+    assert logits.shape == (2, 12, 7)
+    assert logits.dtype == torch.float32
     for grid, rows, found in zip(tokens, logits, larger.log_prob(tokens, labels), strict=True):
         terms = [row.log_softmax(dim=0)[token] for row, token in zip(rows, grid.flatten(), strict=True)]
         torch.testing.assert_close(found, sum(terms))
@@ -88,7 +90,8 @@ def test_a_token_changes_all_later_logits_and_neither_its_own_nor_an_earlier_one
     other = tokens.clone()
     other[0, changed] = (tokens[0, changed] + 1) % 7
     difference = (larger(tokens, [1]) - larger(other, [1])).abs().amax(dim=(0, 2))
-    assert (difference[: changed + 1] == 0).all() and (difference[changed + 1 :] > 1e-5).all()
+    assert (difference[: changed + 1] == 0).all()
+    assert (difference[changed + 1 :] > 1e-5).all()
 
 
 def test_the_class_changes_every_logit(larger):
@@ -117,7 +120,8 @@ def test_a_gradient_reaches_every_parameter():
     tokens, labels = ALL_GRIDS[:40], torch.arange(40) % 2
     F.cross_entropy(prior(tokens, labels).mT, tokens.flatten(1)).backward()
     for name, parameter in prior.named_parameters():
-        assert parameter.grad is not None and (parameter.grad != 0).any(), name
+        assert parameter.grad is not None, name
+        assert (parameter.grad != 0).any(), name
     assert (prior.class_embedding.weight.grad != 0).any(dim=1).all()
 
 
@@ -138,7 +142,8 @@ def test_log_prob_never_depends_on_dropout_and_keeps_mode_and_gradient():
     expected = prior.log_prob(ALL_GRIDS, [0] * 81)
     found = prior.train().log_prob(ALL_GRIDS, [0] * 81)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert prior.training and found.requires_grad
+    assert prior.training
+    assert found.requires_grad
 
 
 def test_bf16_autocast_gives_float32_logits_near_those_of_float32(larger):
@@ -237,7 +242,8 @@ def test_cache_batches_and_guidance_in_one_pass_give_the_grids_of_the_slow_way(l
     with torch.no_grad():
         expected = slow_generate(larger, labels, 3, guidance_scale)
     found = larger.generate(labels=labels, generator=seeded(3), guidance_scale=guidance_scale, batch_size=2)
-    assert found.dtype == torch.int64 and torch.equal(found, expected)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 100])
@@ -311,7 +317,9 @@ def test_the_progress_bar_counts_every_token_and_is_silent_unless_asked(larger, 
 def test_a_saved_prior_comes_back_with_the_same_logits_config_and_fingerprint(prior, tmp_path):
     prior.save_pretrained(tmp_path)
     loaded = PRIORS["autoregressive"].from_pretrained(tmp_path)
-    assert loaded.config == prior.config and loaded.fingerprint == prior.fingerprint and not loaded.training
+    assert loaded.config == prior.config
+    assert loaded.fingerprint == prior.fingerprint
+    assert not loaded.training
     torch.testing.assert_close(loaded(ALL_GRIDS, [1] * 81), prior(ALL_GRIDS, [1] * 81), rtol=0, atol=0)
     assert torch.equal(loaded.generate([0, 1], generator=seeded()), prior.generate([0, 1], generator=seeded()))
 
@@ -340,7 +348,8 @@ def test_the_model_card_shows_a_call_that_works(num_classes, call, tmp_path):
     prior = make_prior(num_classes=num_classes)
     prior.save_pretrained(tmp_path, source="org/name")
     card = (tmp_path / "README.md").read_text()
-    assert f"prior.{call}" in card and 'AutoregressivePrior.from_pretrained("org/name")' in card
+    assert f"prior.{call}" in card
+    assert 'AutoregressivePrior.from_pretrained("org/name")' in card
     assert eval(f"prior.{call}").shape == (1, 2, 2)
 
 

@@ -31,7 +31,7 @@ def trained(quantizer, batches: int = 3):
     """The quantizer after a few training steps on random latents."""
     for seed in range(batches):
         quantizer.train()(latents_of(seed, 4, DIM, 8, 8))
-        quantizer.step(seed / batches)
+        quantizer.step()
     return quantizer
 
 
@@ -71,7 +71,7 @@ def test_indices_do_not_depend_on_autocast(quantizer):
 def test_eval_mode_moves_nothing(quantizer):
     before = copy.deepcopy(quantizer.state_dict())
     quantizer.eval()(latents_of(1))
-    quantizer.step(0.5)
+    quantizer.step()
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
 
 
@@ -82,7 +82,7 @@ def test_a_discarded_step_leaves_no_trace(quantizer):
     quantizer.discard()
     for each in (quantizer, other):
         each(latents_of(7))
-        each.step(0.5)
+        each.step()
     assert all(torch.equal(other.state_dict()[name], value) for name, value in quantizer.state_dict().items())
 
 
@@ -144,7 +144,7 @@ def test_each_code_is_the_sum_over_the_smoothed_count_after_every_kind_of_step(n
     quantizer = ema(normalize=normalize, revival_threshold=0.5)
     for seed in range(6):  # placement, then moves and revivals
         quantizer(latents_of(seed, 4, DIM, 8, 8))
-        quantizer.step(0.0)
+        quantizer.step()
         expected = quantizer.ema_sum / smoothed(quantizer.ema_count)[:, None]
         if normalize:
             expected = expected / expected.norm(dim=1, keepdim=True)
@@ -157,7 +157,7 @@ def test_the_update_is_that_of_the_paper():
     latents = latents_of(5, 2, DIM, 4, 4)
     count, total = quantizer.ema_count.clone(), quantizer.ema_sum.clone()
     indices = quantizer(latents).indices
-    quantizer.step(0.0)
+    quantizer.step()
     for code in range(16):  # equations 6 to 8 of the appendix, a code at a time
         members = latents.movedim(1, -1)[indices == code]
         torch.testing.assert_close(quantizer.ema_count[code], 0.9 * count[code] + 0.1 * len(members))
@@ -171,7 +171,7 @@ def test_one_step_at_decay_zero_is_one_step_of_lloyds_algorithm():
     quantizer.ema_count.fill_(1.0)
     quantizer.ema_sum.copy_(start * smoothed(quantizer.ema_count)[:, None])
     quantizer(data.T[None, :, :, None])
-    quantizer.step(0.0)
+    quantizer.step()
     lloyd = KMeans(8, init=start.numpy(), n_init=1, max_iter=1).fit(data.numpy())
     torch.testing.assert_close(quantizer.codebook, torch.from_numpy(lloyd.cluster_centers_), rtol=1e-4, atol=1e-4)
 
@@ -181,10 +181,26 @@ def test_the_first_step_places_the_codes_among_the_data():
     centres = 10 * latents_of(0, 8, DIM)
     latents = (centres.repeat(64, 1) + 0.01 * latents_of(1, 512, DIM)).T.reshape(1, DIM, 16, 32)
     quantizer(latents)
-    quantizer.step(0.0)
+    quantizer.step()
     distances = torch.cdist(quantizer.codebook, centres)
     assert distances.min(1).values.max() < 0.1  # every code near a cluster
     assert distances.min(0).values.max() < 0.1  # every cluster has a code
+
+
+def test_until_the_codes_are_placed_training_passes_the_latents_on():
+    quantizer = ema(placement=0.5)
+    latents = latents_of(0, 4, DIM, 8, 8)
+    for progress in (0.0, 0.25):
+        output = quantizer.train()(latents)
+        assert torch.equal(output.quantized, latents)
+        assert output.losses["commitment"] == 0
+        assert not quantizer.step(progress)
+        assert not torch.equal(quantizer.eval()(latents).quantized, latents)
+    quantizer.train()(latents)
+    assert quantizer.step(0.5)  # the codes jumped
+    output = quantizer(latents)
+    assert torch.equal(output.quantized, quantizer.indices_to_codes(output.indices))
+    assert not quantizer.step(0.75)
 
 
 def test_a_code_that_nothing_chooses_is_moved_onto_the_data():
@@ -192,7 +208,7 @@ def test_a_code_that_nothing_chooses_is_moved_onto_the_data():
     quantizer.ema_sum[3] = 1e3 * quantizer.ema_count[3]  # far away from all data
     for seed in range(12):
         quantizer(latents_of(seed, 4, DIM, 8, 8))
-        quantizer.step(0.0)
+        quantizer.step()
     assert quantizer.codebook.norm(dim=1).max() < 10
 
 
@@ -200,7 +216,7 @@ def test_gradients_of_the_commitment_reach_the_latents_alone_and_scale_with_its_
     latents = latents_of(1)
     gradients = []
     for weight in (0.25, 0.5):
-        quantizer = ema(commitment_weight=weight)
+        quantizer = trained(ema(commitment_weight=weight))
         given_latents = latents.clone().requires_grad_()
         output = quantizer(given_latents)
         output.losses["commitment"].backward()
@@ -223,7 +239,7 @@ def test_accumulated_batches_move_the_codes_as_one_batch():
     one(latents)
     for half in latents.split(2):
         two(half)
-    one.step(0.0), two.step(0.0)
+    one.step(), two.step()
     torch.testing.assert_close(one.codebook, two.codebook)
 
 
@@ -250,6 +266,7 @@ def test_pending_statistics_are_no_buffers():
         ({"codebook_size": 1}, "codebook_size=1 must be at least 2"),
         ({"decay": 1.0}, r"decay=1.0 must lie in \[0, 1\)"),
         ({"commitment_weight": -1.0}, "must not be negative"),
+        ({"placement": -0.1}, "share of the run"),
         ({"revival_threshold": 1.5}, "share of the mean count"),
     ],
 )

@@ -131,7 +131,8 @@ def test_an_input_reaches_itself_and_all_later_outputs_and_no_earlier_one(transf
     before = transformer(hidden, PLACES)
     hidden[:, changed] += 1
     difference = (transformer(hidden, PLACES) - before).abs().amax(dim=(0, 2))
-    assert (difference[:changed] == 0).all() and (difference[changed:] > 1e-5).all()
+    assert (difference[:changed] == 0).all()
+    assert (difference[changed:] > 1e-5).all()
 
 
 def test_the_residual_stream_starts_with_the_same_scale_at_every_depth():

@@ -3,8 +3,6 @@
 Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h w grid sides (H / downsample_factor).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +36,7 @@ class ImageTokenizer(PretrainedModel):
     """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): an encoder, a quantizer and a decoder, chosen by the config."""
 
     config_class = TokenizerConfig
+    card_caption = "originals above, reconstructions below"
     card_tags = ["image-tokenizer", "vq-vae", "vector-quantization"]
     card_usage = USAGE
 
@@ -147,19 +146,5 @@ class ImageTokenizer(PretrainedModel):
         return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block: tokens never depend on dropout, and encoding never moves a codebook."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)

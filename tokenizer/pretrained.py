@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -160,12 +160,27 @@ class PretrainedModel(nn.Module):
     """A network with a config that can be saved, loaded, fingerprinted and published."""
 
     config_class: ClassVar[type[PretrainedConfig]]
+    card_caption: ClassVar[str]  # of the sample picture
     card_tags: ClassVar[list[str]]
     card_usage: ClassVar[str]  # Python; {source} stands for the path or repo id
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
         self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block: no dropout, and nothing that training gathers is touched."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     @property
     def fingerprint(self) -> str:
@@ -269,7 +284,7 @@ class PretrainedModel(nn.Module):
         parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}"]
         parts.append(f"`{type(self).__name__}` of tokengrid, fingerprint `{self.fingerprint}`.")
         if card.sample:
-            parts.append(f"![originals above, reconstructions below]({SAMPLE_NAME})")
+            parts.append(f"![{self.card_caption}]({SAMPLE_NAME})")
         parts.append(f"```python\n{self.card_usage.format(source=source).strip()}\n```")
         if card.metrics:
             rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in card.metrics.items())
@@ -282,7 +297,7 @@ class PretrainedModel(nn.Module):
 
 
 @contextmanager
-def written_whole(path: Path):
+def written_whole(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` once the block has ended well: a kill leaves the old file or the new."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -109,8 +109,10 @@ def train(
                 if skipped > MAX_SKIPPED_STEPS:
                     raise RunError(nonfinite_message(step, guilty, folder))
             else:
-                tokenizer.quantizer.step(step / config.steps)
+                codes_jumped = tokenizer.quantizer.step(step / config.steps)
                 if average:
+                    if codes_jumped:
+                        average.n_averaged.zero_()
                     average.update_parameters(tokenizer)
                 skipped = 0
             optimizer.zero_grad()

@@ -33,8 +33,13 @@ class Quantizer(nn.Module, ABC):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) int64 in [0, vocab_size) to codes (B, D, h, w) float32."""
 
-    def step(self, progress: float = 0.0) -> None:
-        """Apply what the forward passes since the last call have gathered; `progress` in [0, 1] drives annealing."""
+    def step(self, progress: float = 1.0) -> bool:
+        """Apply what the forward passes since the last call have gathered.
+
+        `progress` in [0, 1], the share of the run that is done, drives annealing; at the default nothing is annealed.
+        Returns whether the codes jumped, so that averages of weights must start anew.
+        """
+        return False
 
     def discard(self) -> None:
         """Forget what the forward passes since the last `step` have gathered: the optimizer step was skipped."""

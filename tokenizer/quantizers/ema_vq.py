@@ -18,6 +18,7 @@ from .search import nearest_codes
 
 SMOOTHING = 1e-5  # Laplace pseudo-count of a code (Sonnet's epsilon)
 KMEANS_ITERATIONS = 10
+MAX_PLACEMENT_VECTORS = 65536  # for k-means, unless there are more codes
 MAX_REVIVALS_PER_STEP = 256  # bounds what the ranks exchange
 
 
@@ -33,9 +34,10 @@ class PendingStatistics:
 class EMAVectorQuantizer(Quantizer):
     """VQ-VAE's quantizer: each code is the running mean of the latents that chose it, and no gradient reaches it.
 
-    The first step places the codes by k-means on the latents seen so far; later steps move a code that hardly any
-    latent chooses onto a latent of the current batch (revival). With `normalize`, latents and codes are compared,
-    returned and stored on the unit sphere (ViT-VQGAN, Yu et al. 2021, arXiv:2110.04627, section 3.2).
+    The first step at or after `placement` places the codes by k-means on the latents of its batch; until then training
+    passes the latents on as they are, so that the codes start among latents that already mean something. Later steps
+    move a code that hardly any latent chooses onto a latent of the batch (revival). With `normalize`, latents and codes
+    are compared, returned and stored on the unit sphere (ViT-VQGAN, Yu et al. 2021, arXiv:2110.04627, section 3.2).
     """
 
     def __init__(
@@ -45,14 +47,16 @@ class EMAVectorQuantizer(Quantizer):
         decay: float = 0.99,  # of the moving averages, per optimizer step
         commitment_weight: float = 0.25,  # beta in equation 3 of the paper
         normalize: bool = False,  # latents and codes on the unit sphere
+        placement: float = 0.1,  # share of the run that is done when the codes are placed
         revival_threshold: float = 0.05,  # a code used less than this share of the mean is moved; 0 never moves one
     ):
         super().__init__()
-        check_hyperparameters(codebook_dim, codebook_size, decay, commitment_weight, revival_threshold)
+        check_hyperparameters(codebook_dim, codebook_size, decay, commitment_weight, placement, revival_threshold)
         self.vocab_size = codebook_size
         self.decay = decay
         self.commitment_weight = commitment_weight
         self.normalize = normalize
+        self.placement = placement
         self.revival_threshold = revival_threshold
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_count", torch.ones(codebook_size))
@@ -79,6 +83,8 @@ class EMAVectorQuantizer(Quantizer):
                 self.gather(vectors, nearest)
             indices = nearest.view(latents.shape[0], *latents.shape[2:])
             codes = codebook[indices].movedim(-1, 1)  # (B, D, h, w)
+            if self.training:
+                codes = torch.where(self.num_steps > 0, codes, latents.detach())  # no codes placed yet
             commitment = self.commitment_weight * F.mse_loss(latents, codes)
             # Straight-through with the value of `codes` to the bit: the bracket is exactly zero.
             quantized = codes + (latents - latents.detach())
@@ -106,25 +112,29 @@ class EMAVectorQuantizer(Quantizer):
         self.pending = None
 
     @torch.no_grad()
-    def step(self, progress: float = 0.0) -> None:
+    def step(self, progress: float = 1.0) -> bool:
         """Reduce the pending statistics over the ranks, in one call, and move the codebook by them."""
-        if self.pending is None:
-            return
         pending, self.pending = self.pending, None
-        generator = torch.Generator().manual_seed(int(self.num_steps))  # the same on every rank and after a resume
-        placed = bool(self.num_steps > 0)
-        num_candidates = min(self.vocab_size, MAX_REVIVALS_PER_STEP) if placed else min(8 * self.vocab_size, 65536)
-        candidates = draw_vectors(pending.vectors, max(num_candidates, self.vocab_size * (not placed)), generator)
-        count, total, candidates = sum_over_ranks(pending.count, pending.sum, candidates)
-        if placed:
-            self.ema_count.lerp_(count, 1 - self.decay)
-            self.ema_sum.lerp_(total, 1 - self.decay)
-            self.revive(candidates)
+        num_steps = int(self.num_steps)
+        if pending is None or (num_steps == 0 and progress < self.placement):
+            return False
+        generator = torch.Generator().manual_seed(num_steps)  # the same on every rank and after a resume
+        if num_steps == 0:
+            num_candidates = max(self.vocab_size, min(8 * self.vocab_size, MAX_PLACEMENT_VECTORS))
         else:
+            num_candidates = min(self.vocab_size, MAX_REVIVALS_PER_STEP)
+        candidates = draw_vectors(pending.vectors, num_candidates, generator)
+        count, total, candidates = sum_over_ranks(pending.count, pending.sum, candidates)
+        if num_steps == 0:
             codes, sizes = kmeans(candidates, self.vocab_size, self.normalize)
             self.ema_count.copy_(sizes * (count.sum() / len(candidates)))
             self.ema_sum.copy_(codes * smoothed(self.ema_count)[:, None])
+        else:
+            self.ema_count.lerp_(count, 1 - self.decay)
+            self.ema_sum.lerp_(total, 1 - self.decay)
+            self.revive(candidates)
         self.num_steps += 1
+        return num_steps == 0
 
     def revive(self, candidates: Tensor) -> None:
         """Move the codes that hardly any latent chooses onto candidates (M, D), with the weight of a mean code."""
@@ -178,7 +188,12 @@ def kmeans(vectors: Tensor, num_codes: int, normalize: bool) -> tuple[Tensor, Te
 
 
 def check_hyperparameters(
-    codebook_dim: int, codebook_size: int, decay: float, commitment_weight: float, revival_threshold: float
+    codebook_dim: int,
+    codebook_size: int,
+    decay: float,
+    commitment_weight: float,
+    placement: float,
+    revival_threshold: float,
 ) -> None:
     """Raise a ValueError that names the value and the rule."""
     if codebook_dim < 1:
@@ -189,5 +204,7 @@ def check_hyperparameters(
         raise ValueError(f"decay={decay} must lie in [0, 1): at 1 the codebook would never move")
     if commitment_weight < 0:
         raise ValueError(f"commitment_weight={commitment_weight} must not be negative")
+    if not 0 <= placement <= 1:
+        raise ValueError(f"placement={placement} must lie in [0, 1]: it is a share of the run")
     if not 0 <= revival_threshold < 1:
         raise ValueError(f"revival_threshold={revival_threshold} must lie in [0, 1): it is a share of the mean count")

@@ -1,8 +1,8 @@
 """The run folder: who may use it, and checkpoints that a kill at any moment cannot spoil.
 
-    run.yaml            every setting
-    checkpoints/step_N  what Accelerate saves (weights, optimizer, scaler, RNG, averaged weights), state_RANK.json
-    config.json, model.safetensors, README.md   the finished model
+run.yaml            every setting
+checkpoints/step_N  what Accelerate saves (weights, optimizer, scaler, RNG, averaged weights), state_RANK.json
+config.json, model.safetensors, README.md   the finished model
 """
 
 import json

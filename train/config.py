@@ -36,14 +36,14 @@ class OptimizerSettings:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.99
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_grad_norm: float = 10.0  # gradients are clipped to this norm
     accumulation_steps: int = 1  # batches whose gradients make one step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
 
 
 @dataclass
 class AverageSettings:
-    decay: float | None = None  # of the averaged weights, per step; default 1 - 20 / steps, at most 0.9999; 0: none
+    decay: float = 0.0  # per step, of averaged weights and codebook statistics, which are then what is kept; 0: none
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DataSettings:
 @dataclass
 class LossSettings:
     reconstruction: Literal["l1", "l2"] = "l2"  # on the [0, 1] scale, mean over pixels and channels
-    reconstruction_weight: float = 40.0
+    reconstruction_weight: float = 10.0  # against the losses of the quantizer
 
 
 @dataclass
@@ -79,7 +79,9 @@ class CardSettings:
 class TokenizerRun:
     """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
 
-    data: str = "photographs"  # "photographs" (embedded), a folder, file or pattern, or a Hub id such as uoft-cs/cifar10
+    data: str = (
+        "photographs"  # "photographs" (embedded), a folder, file or pattern, or a Hub id such as uoft-cs/cifar10
+    )
     split: str = "train"  # split to train on
     eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
@@ -87,7 +89,7 @@ class TokenizerRun:
     output_dir: str = "runs/vqvae"  # the run's folder
     steps: int = 2000  # optimizer steps
     batch_size: int = 16  # images per rank and optimizer step, or per batch that is accumulated
-    learning_rate: float = 1e-3  # highest, after the warm-up; then a cosine down to zero
+    learning_rate: float = 2e-3  # highest, after the warm-up; then a cosine down to zero
     warmup_steps: int | None = None  # optimizer steps; default steps // 20
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     seed: int = 0  # of weights, order, crops and codes
@@ -109,6 +111,7 @@ class TokenizerRun:
         for name in ("image_size", "steps", "batch_size", "eval_every", "save_every", "keep_checkpoints"):
             require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be >= 1")
         require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
+        require(0 <= self.average.decay < 1, f"average.decay={self.average.decay}", "lie in [0, 1)")
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}", "be above 0")
         require(
             self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
@@ -119,8 +122,6 @@ class TokenizerRun:
             self.warmup_steps = self.steps // 20
         self.eval_every = self.eval_every or max(1, self.steps // 10)
         self.save_every = self.save_every or max(1, self.steps // 10)
-        if self.average.decay is None:
-            self.average.decay = min(0.9999, max(0.0, 1 - 20 / self.steps))
         if self.push_to_hub:
             missing = [f"card.{name}=..." for name in ("license", "data_license") if not getattr(self.card, name)]
             require(not missing, f"push_to_hub={self.push_to_hub}", f"come with {' and '.join(missing)}")
@@ -205,7 +206,9 @@ def help_text(config_class: type) -> str:
     program = config_class.__doc__.split()[2].rstrip(".")
     lines = [f"usage: accelerate launch {program} [preset.yaml] [key=value ...]", ""]
     for key, default, comment in settings_of(config_class):
-        lines.append(f"  {key}={'null' if default is None else default}".ljust(48) + (f"  {comment}" if comment else ""))
+        lines.append(
+            f"  {key}={'null' if default is None else default}".ljust(48) + (f"  {comment}" if comment else "")
+        )
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset, load_dataset_builder
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
 from torch import Tensor
@@ -42,6 +43,8 @@ MAX_EVAL_SIDE = 1024  # pixels; larger validation images are cropped to it
 PROBED_IMAGES = 64  # before a run starts, until one can be read
 CACHE_BYTES = 256 * 2**20  # decoded images that a worker keeps
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+SPLIT_FOLDERS = {name for names in SPLIT_KEYWORDS.values() for name in names}  # which are no classes
+MAX_EMPTY_EPOCHS = 10  # in a row; then a worker whose share of a stream holds no row ends
 
 Unreadable = tuple[str, str]  # the name of an image and why it could not be decoded
 
@@ -60,21 +63,37 @@ class ImageSource:
         return Image().decode_example(row[self.image_column])
 
     def name(self, row: dict[str, Any]) -> str:
-        """The path of a row's image where it has one, else a checksum of its bytes."""
+        """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row."""
         value = row[self.image_column]
-        return value["path"] or f"the image with crc32 {zlib.crc32(value['bytes']):08x}"
+        if value is None:
+            return "a row without an image"
+        if value["bytes"] is None:
+            return value["path"]
+        return f"{value['path'] or 'an image'} (crc32 {zlib.crc32(value['bytes']):08x})"
 
 
 def open_sources(config: TokenizerRun) -> tuple[ImageSource, list[dict[str, Any]]]:
-    """The training images, and the first `data_options.eval_images` rows of the validation images."""
-    options = config.data_options
-    if config.data == "photographs":
-        train, validation = embedded("train"), embedded("validation")
-    else:
+    """The training images, and the first `data_options.eval_images` rows of the validation images.
+
+    A stream without a validation split is read until so many held-out rows are found, or to its end.
+    """
+    try:
         train, validation = load_splits(config)
-    source = find_columns(train, config.data, options)
-    rows = validation.cast_column(source.image_column, Image(decode=False))
-    return source, list(itertools.islice(rows, options.eval_images))
+        source = find_columns(train, config.data, config.data_options)
+        if validation is None:
+            source.rows, validation = hold_out(source, config.seed)
+        else:
+            validation = encoded(validation, source.image_column, source.label_column)
+        eval_rows = list(itertools.islice(validation, config.data_options.eval_images))
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a different type for every way in which reading can fail
+        kind = "path to images, parquet or tar files" if is_path(config.data) else "Hub id, for there is no such path"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data={config.data} (read as a {kind}) cannot be read: {reason[:300]}") from None
+    if not eval_rows:
+        raise UserError(f"data={config.data} has no image to validate on; name a split that has some: eval_split=...")
+    return source, eval_rows
 
 
 def embedded(split: str) -> Dataset:
@@ -82,31 +101,26 @@ def embedded(split: str) -> Dataset:
     import skimage
     import sklearn
 
-    folders = {"skimage": Path(skimage.__file__).parent / "data", "sklearn": Path(sklearn.__file__).parent / "datasets/images"}
+    folders = {"skimage": Path(skimage.__path__[0], "data"), "sklearn": Path(sklearn.__path__[0], "datasets/images")}
     paths = [str(folders[package] / name) for package, names in EMBEDDED[split].items() for name in names.split()]
-    return Dataset.from_dict({"image": paths}, features=Features({"image": Image(decode=False)}))
+    return Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
 
 
-def load_splits(config: TokenizerRun) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """The training and the validation split, one image in fifty held out where there is none."""
+def load_splits(config: TokenizerRun) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The training split, and the validation split where there is one."""
+    if config.data == "photographs":
+        return embedded("train"), embedded("validation")
     arguments = locate(config.data, config.data_options.subset)
-    try:
-        builder = load_dataset_builder(**arguments)
-        names = list(builder.info.splits or builder.config.data_files or [])
-        wanted = config.eval_split or next((name for name in ("validation", "test") if name in names), None)
-        for key, name in [("split", config.split), ("eval_split", wanted)]:
-            if name is not None and names and name not in names:
-                raise UserError(f"{key}={name} is not a split of {config.data}; it has {', '.join(names)}")
-        train = load_dataset(**arguments, split=config.split, streaming=config.streaming)
-        if wanted is not None and wanted != config.split:
-            return train, load_dataset(**arguments, split=wanted, streaming=config.streaming)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a different type for every way in which reading can fail
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reading = "read as a path" if "path" not in arguments or is_path(config.data) else "read as a Hub id, for there is no such path"
-        raise UserError(f"data={config.data} ({reading}) cannot be read: {reason[:300]}") from None
-    return hold_out(train, config.seed)
+    builder = load_dataset_builder(**arguments)
+    names = [str(name) for name in builder.info.splits or builder.config.data_files or []]
+    wanted = config.eval_split or next((name for name in ("validation", "test") if name in names), None)
+    for key, name in [("split", config.split), ("eval_split", wanted)]:
+        if name is not None and names and name not in names:
+            raise UserError(f"{key}={name} is not a split of {config.data}; it has {', '.join(names)}")
+    train = load_dataset(**arguments, split=config.split, streaming=config.streaming)
+    if wanted is None or wanted == config.split:
+        return train, None
+    return train, load_dataset(**arguments, split=wanted, streaming=config.streaming)
 
 
 def is_path(data: str) -> bool:
@@ -130,28 +144,12 @@ def locate(data: str, subset: str | None) -> dict[str, Any]:
     return {"path": builder, "data_files": {"train": files}}
 
 
-def hold_out(rows: Dataset | IterableDataset, seed: int) -> tuple[Any, Any]:
-    """Training and validation rows from one split, the same for every rank, run and order of reading."""
-    if isinstance(rows, Dataset):
-        if len(rows) < 2:
-            raise UserError(f"the data holds {len(rows)} images; one to train on and one to validate on are the least")
-        parts = rows.train_test_split(max(1, len(rows) // HELD_OUT), seed=seed)
-        return parts["train"], parts["test"]
-    column = find_columns(rows, "the stream", DataSettings()).image_column
-    encoded = rows.cast_column(column, Image(decode=False))
-
-    def held_out(row: dict[str, Any]) -> bool:
-        value = row[column]
-        return zlib.crc32(value["bytes"] or value["path"].encode(), seed) % HELD_OUT == 0
-
-    return encoded.filter(lambda row: not held_out(row)), encoded.filter(held_out)
-
-
 def find_columns(rows: Dataset | IterableDataset, data: str, options: DataSettings) -> ImageSource:
     """The image and the class column by their feature type, or as the options name them; UserError where unclear."""
     features = rows.features or rows._resolve_features().features
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    labels = [name for name, class_names in classes.items() if not SPLIT_FOLDERS.issuperset(class_names)]
     for key, name in [("image_column", options.image_column), ("label_column", options.label_column)]:
         if name is not None and name not in features:
             raise UserError(f"data_options.{key}={name} is not a column of {data}; it has {', '.join(features)}")
@@ -160,8 +158,32 @@ def find_columns(rows: Dataset | IterableDataset, data: str, options: DataSettin
         raise UserError(f"{data} has {found} among {', '.join(features)}; choose one: data_options.image_column=...")
     image_column = options.image_column or images[0]
     label_column = options.label_column or (labels[0] if len(labels) == 1 else None)
-    classes = features[label_column].names if label_column in labels else None
-    return ImageSource(rows.cast_column(image_column, Image(decode=False)), image_column, label_column, classes)
+    return ImageSource(encoded(rows, image_column, label_column), image_column, label_column, classes.get(label_column))
+
+
+def encoded(rows: Dataset | IterableDataset, image_column: str, label_column: str | None) -> Dataset | IterableDataset:
+    """The two columns that are used, images as they lie in the files; any other may be damaged or costly to decode."""
+    columns = [image_column] if label_column is None else [image_column, label_column]
+    return rows.select_columns(columns).cast_column(image_column, Image(decode=False))
+
+
+def hold_out(source: ImageSource, seed: int) -> tuple[Any, Any]:
+    """Training and validation rows from one split, the same for every rank, run and order of reading."""
+    if isinstance(source.rows, Dataset):
+        if len(source.rows) < 2:
+            raise UserError("the data holds a single image; one to train on and one to validate on are the least")
+        parts = source.rows.train_test_split(max(1, len(source.rows) // HELD_OUT), seed=seed)
+        return parts["train"], parts["test"]
+    parts = [{"column": source.image_column, "seed": seed, "held_out": held_out} for held_out in (False, True)]
+    train, validation = (source.rows.filter(is_in_part, fn_kwargs=part) for part in parts)
+    return train, validation
+
+
+def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> bool:
+    """Whether a streamed row is among those held out, or among the others; its content or path decides."""
+    value = row[column] or {}
+    content = value.get("bytes") or (value.get("path") or "").encode()
+    return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
 
 
 class CropMaker:
@@ -223,8 +245,8 @@ class MappedCrops(torch.utils.data.Dataset):
 class StreamedCrops(torch.utils.data.IterableDataset):
     """The same from a stream, endless: each row once per epoch over all ranks and workers.
 
-    A resumed run replays the seeded order: `skip` images of each worker are read again but not decoded, those that
-    were unreadable (`known_corrupt`) not counted.
+    A resumed run replays the seeded order: in place of its first `skip` crops each worker yields nothing, having read
+    but not decoded them; images that were unreadable (`known_corrupt`) made no crop and do not count.
     """
 
     def __init__(self, source: ImageSource, config: TokenizerRun, rank: int, skip: int, known_corrupt: set[str]):
@@ -234,14 +256,16 @@ class StreamedCrops(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, list[Unreadable]]]:
         worker = torch.utils.data.get_worker_info()
         corrupt: list[Unreadable] = []
-        skip = self.skip
+        skip, empty_epochs = self.skip, 0
         for epoch in itertools.count():
             # A new shuffle rather than set_epoch: its epoch lives in memory that all workers share and would race for.
             rows = self.rows.shuffle(seed=self.maker.seed + epoch, buffer_size=self.buffer)
             number = -1
             for number, row in enumerate(rows):
                 if skip > 0:
-                    skip -= not (self.known_corrupt and self.maker.source.name(row) in self.known_corrupt)
+                    if not (self.known_corrupt and self.maker.source.name(row) in self.known_corrupt):
+                        skip -= 1
+                        yield torch.empty(0), []
                     continue
                 try:
                     picture = self.maker.picture(row)
@@ -250,8 +274,12 @@ class StreamedCrops(torch.utils.data.IterableDataset):
                     continue
                 yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), corrupt
                 corrupt = []
-            if number < 0:
-                return  # no shard for this worker
+            if 0 <= number < len(corrupt):
+                name, reason = corrupt[-1]
+                raise RunError(f"none of the {number + 1} images of a worker can be read, such as {name}: {reason}")
+            empty_epochs = empty_epochs + 1 if number < 0 else 0  # shards are dealt anew in each epoch
+            if empty_epochs == MAX_EMPTY_EPOCHS:
+                return
 
 
 class EndlessOrder(Sampler[tuple[int, int]]):
@@ -282,14 +310,22 @@ def training_batches(
         order = EndlessOrder(len(source.rows), config.seed)
         loader = DataLoader(MappedCrops(source, config), sampler=order, num_workers=config.num_workers, **shared)
         return iter(skip_first_batches(accelerator.prepare_data_loader(loader), batches_done))
-    rows = split_dataset_by_node(source.rows, accelerator.process_index, accelerator.num_processes)
+    rank = accelerator.process_index
+    rows = split_dataset_by_node(source.rows, rank, accelerator.num_processes)
     num_workers = min(config.num_workers, rows.num_shards)
-    rounds, extra = divmod(batches_done, max(1, num_workers))  # workers take turns, a batch each
-    crops = StreamedCrops(
-        replace(source, rows=rows), config, accelerator.process_index, rounds * config.batch_size, known_corrupt
-    )
-    loader = itertools.islice(DataLoader(crops, num_workers=num_workers, **shared), extra, None)
-    return ((images.to(accelerator.device, non_blocking=True), corrupt) for images, corrupt in loader)
+    skip = batches_done // max(1, num_workers) * config.batch_size  # workers take turns, a batch each
+    crops = StreamedCrops(replace(source, rows=rows), config, rank, skip, known_corrupt)
+    loader = DataLoader(crops, num_workers=num_workers, **shared)
+    return placed(itertools.islice(loader, batches_done, None), accelerator)
+
+
+def placed(
+    batches: Iterator[tuple[Tensor, list[Unreadable]]], accelerator: Accelerator
+) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+    """A stream's batches on the accelerator's device; RunError where they end, which those of an empty share do."""
+    for images, corrupt in batches:
+        yield images.to(accelerator.device, non_blocking=True), corrupt
+    raise RunError(f"the stream holds no image for rank {accelerator.process_index}; start fewer processes")
 
 
 def evaluation_batches(
@@ -324,7 +360,7 @@ def check_readable(source: ImageSource, data: str) -> None:
     failures = []
     for row in itertools.islice(source.rows, PROBED_IMAGES):
         try:
-            source.image(row)
+            convert(source.image(row), 3)
             return
         except Exception as error:  # a decoder may raise anything on damaged bytes
             failures.append(f"{source.name(row)}: {error}")
@@ -351,6 +387,6 @@ class CorruptCounter:
         total = self.num_rows or max(self.images_seen, 1000)  # of a stream, so that its first image decides nothing
         if len(self.names) > max(1, self.fraction * total):
             raise RunError(
-                f"{len(self.names)} of {total} images cannot be read, more than the share "
-                f"data_options.max_corrupt_fraction={self.fraction}; the log names them: mend or remove them, or raise it"
+                f"{len(self.names)} of {total} images cannot be read, above data_options.max_corrupt_fraction="
+                f"{self.fraction}; the log names them: mend or remove them, or raise it"
             )

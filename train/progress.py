@@ -67,7 +67,8 @@ class Progress:
 
 def read_lines(path: Path) -> list[str]:
     """The whole lines of a text file, with their ends; none where there is no file."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 class UsageWindow:
@@ -87,6 +88,13 @@ class UsageWindow:
         if self.num_tokens >= TOKENS_PER_CODE * self.vocab_size:
             self.figures = {"running_usage": usage(self.counts), "running_perplexity": perplexity(self.counts)}
             self.counts, self.num_tokens = None, 0
+
+
+    def state_dict(self) -> dict[str, object]:
+        return {"counts": self.counts, "num_tokens": self.num_tokens, "figures": self.figures}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.counts, self.num_tokens, self.figures = state["counts"], state["num_tokens"], state["figures"]
 
 
 class StopRequest:

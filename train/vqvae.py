@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,6 +39,8 @@ def main(config: TokenizerRun) -> None:
     folder.check()
     check_model(config)
     accelerator = make_accelerator(config)
+    if config.push_to_hub and accelerator.is_main_process:
+        reserve_repository(config.push_to_hub)
     if folder.finished:
         log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
     else:
@@ -68,13 +71,14 @@ def train(
         tokenizer.parameters(), betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
     )
     model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    window = UsageWindow(tokenizer.vocab_size)
+    accelerator.register_for_checkpointing(window)
 
     folder.claim(accelerator)
     steps_done, known_corrupt = folder.load(accelerator)
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     batches = training_batches(source, config, accelerator, steps_done * options.accumulation_steps, known_corrupt)
     unreadable = CorruptCounter(config, source, known_corrupt)
-    window = UsageWindow(tokenizer.vocab_size)
     progress = Progress(folder.path, accelerator, steps_done, config.steps)
     log_every = max(1, min(50, config.steps // 100))
     num_images, skipped, clock = 0, 0, time.perf_counter()
@@ -231,7 +235,7 @@ def evaluate(
         num_tokens += tokens.numel() * num_ranks
     totals, counts = accelerator.reduce((totals, counts), "sum")
     if totals[1] == 0:
-        raise RunError("no validation image can be read; the log names them: mend them or choose another eval_split=...")
+        raise RunError("no validation image can be read; the log names them: mend them or choose another eval_split")
     grid = tokenizer.tokens_per_image(config.image_size)
     return {
         "psnr": (totals[0] / totals[1]).item(),
@@ -246,8 +250,8 @@ def warn_of_collapse(step: int, metrics: dict[str, float], config: TokenizerRun)
     """Say so where most codes are never used."""
     if metrics["usage"] < COLLAPSE and step >= config.steps / 4:
         log.warning(
-            "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or codebook_size, "
-            "or set model.quantizer.normalize=true",
+            "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or "
+            "model.quantizer.codebook_size, or raise model.quantizer.revival_threshold",
             step,
             100 * metrics["usage"],
         )
@@ -267,7 +271,7 @@ def draw_samples(
 def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
     """The card of a run whose last evaluation is in its metrics.jsonl."""
     records = map(json.loads, read_lines(folder.path / METRICS_NAME))
-    metrics = {key: value for key, value in [record for record in records if "psnr" in record][-1].items()}
+    metrics = [record for record in records if "psnr" in record][-1]
     step = metrics.pop("step")
     return ModelCard(
         license=config.card.license,
@@ -284,14 +288,24 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
     )
 
 
+def reserve_repository(repo_id: str) -> None:
+    """Create the repository before the hours of training; UserError where that is not allowed or not possible."""
+    try:
+        HfApi().create_repo(repo_id, exist_ok=True)
+    except Exception as error:  # the client raises a different type for every way in which this can fail
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"push_to_hub={repo_id} cannot be created ({reason}); log in with `hf auth login`") from error
+
+
 def publish(config: TokenizerRun, folder: RunFolder) -> None:
     """Upload the finished run; RunError, and nothing lost, where the Hub refuses."""
     try:
-        address = ImageTokenizer.from_pretrained(folder.path).push_to_hub(config.push_to_hub, model_card(config, folder))
+        tokenizer = ImageTokenizer.from_pretrained(folder.path)
+        address = tokenizer.push_to_hub(config.push_to_hub, model_card(config, folder))
     except Exception as error:  # the client raises a different type for every way in which an upload can fail
         raise RunError(
-            f"push_to_hub={config.push_to_hub}: {' '.join(str(error).split())[:300]}; the model is safe in {folder.path}, "
-            f"the same command tries again"
+            f"push_to_hub={config.push_to_hub}: {' '.join(str(error).split())[:300]}; "
+            f"the model is safe in {folder.path}, the same command tries again"
         ) from error
     log.info("published: %s", address)
 

@@ -1,6 +1,6 @@
 """Vector quantization with a codebook that follows the latents by exponential moving averages.
 
-EMA update: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Laplace smoothing as in Sonnet's VectorQuantizerEMA.
+EMA update: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; smoothing: Sonnet's VectorQuantizerEMA.
 k-means is a special case: with `decay=0` and the whole data as one batch, a step is one step of Lloyd's algorithm.
 Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors, M candidates.
 """

@@ -1,0 +1,336 @@
+"""The training program: real processes for kills, signals, ranks and disks; the rest in this one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+
+from tokenizer import ImageTokenizer
+from train.checkpoint import RunFolder
+from train.config import RunError, TokenizerRun, launch, parse
+from train.vqvae import learning_rate, main, warn_of_collapse
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = str(ROOT / "train" / "vqvae.py")
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TINY = [
+    "image_size=16",
+    "steps=10",
+    "batch_size=4",
+    "eval_every=5",
+    "save_every=1",
+    "average.decay=0.9",
+    "model.codebook_dim=4",
+    "model.autoencoder.patch_size=2",
+    "model.autoencoder.base_channels=8",
+    "model.autoencoder.channel_multipliers=[1]",
+    "model.autoencoder.latent_channels=8",
+    "model.quantizer.codebook_size=32",
+    "model.quantizer.revival_threshold=0.5",
+]
+
+
+def command(folder: str, output: Path, *settings: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, PROGRAM, *TINY, f"data={folder}", f"output_dir={output}", *settings]
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    variables = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
+    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def train_here(folder: str, output: Path, *settings: str) -> dict[str, torch.Tensor]:
+    """A run in this process; the exported tensors."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse(TokenizerRun, [*TINY, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
+    return load_file(output / "model.safetensors")
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """The same weights, codebook statistics and optimizer state to the bit, and the same figures in the log."""
+    for name in ("model.safetensors", "checkpoints/step_10/model.safetensors"):
+        left, right = load_file(one / name), load_file(two / name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+        left, right = (torch.load(run / "checkpoints/step_10" / name) for run in (one, two))
+        assert str(left) == str(right)
+    assert records(one) == records(two)
+
+
+def records(output: Path) -> list[dict]:
+    """metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(picture_folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+    done = run(command(picture_folder, output, launcher=launcher))
+    assert done.returncode == 0, done.stderr
+    assert "step 10/10: loss" in done.stderr
+    assert all(word in done.stderr for word in ("PSNR", "usage", "images/s", "left"))
+    return output
+
+
+def interrupt(arguments: list[str], send: int, at: str = "step 5/10") -> tuple[int, str]:
+    """Start a run in a process group of its own and send the group a signal once it has told of a step."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        told = ""
+        for line in job.stderr:
+            told += line
+            if at in line:
+                os.killpg(job.pid, send)
+        return job.wait(), told
+
+
+def test_a_run_leaves_the_promised_folder(undisturbed):
+    names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "README.md", "run.yaml", "metrics.jsonl"} <= names
+    assert {"samples/step_000005.png", "samples/step_000010.png"} <= names
+    steps = [record["step"] for record in records(undisturbed) if "loss" in record]
+    assert steps == list(range(1, 11))
+    evaluated = [record for record in records(undisturbed) if "psnr" in record]
+    assert [record["step"] for record in evaluated] == [5, 10]
+    assert evaluated[-1]["tokens_per_code"] >= 20
+    tokenizer = ImageTokenizer.from_pretrained(undisturbed)
+    tokens = tokenizer.encode(torch.rand(1, 3, 16, 16))
+    assert tokens.shape == (1, 8, 8)
+    assert f"{evaluated[-1]['psnr']:.6g}" in (undisturbed / "README.md").read_text()
+
+
+def test_old_checkpoints_are_pruned(undisturbed):
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step_10", "step_9"]
+
+
+def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(undisturbed, picture_folder, tmp_path):
+    arguments = command(picture_folder, tmp_path / "run")
+    code, _ = interrupt(arguments, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()[-1] < 10
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(undisturbed, picture_folder, tmp_path):
+    arguments = command(picture_folder, tmp_path / "run", "save_every=10")
+    code, told = interrupt(arguments, signal.SIGTERM)
+    assert code == 0, told
+    assert "the same command goes on from there" in told
+    stopped_at = RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()
+    assert len(stopped_at) == 1
+    assert 5 <= stopped_at[0] < 10
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"step {stopped_at[0]}/10" not in done.stderr
+    assert_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(undisturbed, picture_folder):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    done = run(command(picture_folder, undisturbed))
+    assert done.returncode == 0
+    assert "holds the finished run" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+def test_two_ranks_equal_one_with_twice_the_batch_and_no_other_number_may_go_on(picture_folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(picture_folder, one, "batch_size=8")
+    done = run(command(picture_folder, two, launcher=TWO_RANKS))
+    assert done.returncode == 0, done.stderr
+    assert (two / "checkpoints/step_10/state_1.json").is_file()  # there really were two
+    for name in ("model.safetensors", "checkpoints/step_10/model.safetensors"):
+        left, right = load_file(one / name), load_file(two / name)
+        for key in left:
+            torch.testing.assert_close(left[key], right[key], rtol=1e-4, atol=1e-5, msg=key)
+    psnr = [records(path)[-1]["psnr"] for path in (one, two)]
+    assert psnr[0] == pytest.approx(psnr[1], abs=1e-3)
+
+    (two / "README.md").unlink()  # as if stopped before its end
+    refused = run(command(picture_folder, two))
+    assert refused.returncode == 2
+    assert "was saved by 2 processes and this run has 1" in refused.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_folder, tmp_path):
+    arguments = command(picture_folder, tmp_path / "run", "steps=4", "warmup_steps=0")
+    limited = ["bash", "-c", f"ulimit -f 16; exec {' '.join(map(repr, arguments))}"]  # files of at most 16 KiB
+    failed = run(limited)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "could not be written" in failed.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+    again = run(arguments)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stepz=3"], "unknown key 'stepz' in the settings; did you mean 'steps'?"),
+        (["steps=many"], "could not be converted to Integer"),
+        (["image_size=15"], "image_size=15 must be a positive multiple of downsample_factor=2"),
+        (["warmup_steps=11"], "warmup_steps=11 must lie in 0..steps=10"),
+        (["data=./nowhere"], "read as a path"),
+        (["model.quantizer.name=nothing"], "quantizer.name='nothing' must be one of"),
+        (["model.resize=8"], "image_size=16 is larger than model.resize=8"),
+        (["mixed_precision=fp16"], "mixed_precision=fp16"),
+        (["push_to_hub=a/b"], "card.license=..."),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_2_before_anything_is_written(
+    settings, message, picture_folder, tmp_path, monkeypatch, capsys
+):
+    given = [f"data={picture_folder}", f"output_dir={tmp_path / 'run'}", *TINY, *settings]
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *given])
+    with pytest.raises(SystemExit) as exit_:
+        launch(main, TokenizerRun)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_process_itself_prints_one_line_and_exits_with_2(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "pictures" / "broken_too.png").write_bytes(b"nor this")
+    done = run(command(str(tmp_path / "pictures"), tmp_path / "run"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: data=")
+    assert "none of the first" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changed", ["steps=12", "learning_rate=0.5", "model.quantizer.decay=0.5", "seed=1"])
+def test_a_folder_with_other_settings_is_refused_with_both_values(changed, undisturbed, picture_folder):
+    key, _, value = changed.partition("=")
+    given = [*TINY, f"data={picture_folder}", f"output_dir={undisturbed}", changed]
+    with pytest.raises(Exception, match=rf"{key}={value} \(there .*start this one elsewhere with output_dir=") as error:
+        main(parse(TokenizerRun, given))
+    assert error.value.exit_code == 2
+
+
+def test_a_folder_that_is_no_run_is_refused(picture_folder, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(Exception, match="is no run of ours"):
+        train_here(picture_folder, tmp_path)
+
+
+def test_two_steps_are_a_valid_run_and_defaults_follow_the_length(picture_folder, tmp_path):
+    config = parse(TokenizerRun, ["steps=2"])
+    assert (config.warmup_steps, config.eval_every, config.save_every) == (0, 1, 1)
+    longer = parse(TokenizerRun, ["steps=2000"])
+    assert (longer.warmup_steps, longer.eval_every, longer.save_every) == (100, 200, 200)
+    train_here(picture_folder, tmp_path / "run", "steps=2", "save_every=null", "eval_every=null")
+    assert (tmp_path / "run/README.md").is_file()
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero():
+    config = TokenizerRun(steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert 0 < rates[-1] < 0.001
+
+
+def test_accumulated_batches_equal_one_batch(picture_folder, tmp_path):
+    whole = train_here(picture_folder, tmp_path / "whole", "batch_size=8", "model.quantizer.placement=1")
+    accumulated = ["batch_size=4", "optimizer.accumulation_steps=2", "model.quantizer.placement=1"]
+    halves = train_here(picture_folder, tmp_path / "halves", *accumulated)
+    assert whole["quantizer.num_steps"] == halves["quantizer.num_steps"]
+    key = "autoencoder.encoder.conv_in.weight"
+    torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [["streaming=true", "num_workers=2"], ["average.decay=0"], ["mixed_precision=bf16"]]
+)
+def test_variants_resume_to_the_bit(settings, picture_folder, tmp_path, monkeypatch):
+    whole = train_here(picture_folder, tmp_path / "whole", *settings)
+    save = RunFolder.save
+
+    def save_and_end(self, accelerator, step, corrupt):
+        save(self, accelerator, step, corrupt)
+        if step == 5:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(RunFolder, "save", save_and_end)
+        train_here(picture_folder, tmp_path / "parts", *settings)
+    parts = train_here(picture_folder, tmp_path / "parts", *settings)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def poison(monkeypatch, at_call: int, times: int = 1):
+    """Make the reconstruction loss NaN at one step, as an overflow would."""
+    from train import vqvae
+
+    plain, calls = vqvae.reconstruction_losses, []
+
+    def poisoned(*arguments):
+        calls.append(None)
+        losses = plain(*arguments)
+        bad = at_call <= len(calls) < at_call + times
+        return {name: loss * torch.nan if bad else loss for name, loss in losses.items()}
+
+    monkeypatch.setattr(vqvae, "reconstruction_losses", poisoned)
+
+
+def test_a_nonfinite_loss_stops_the_run_naming_the_term_and_the_last_good_checkpoint(
+    picture_folder, tmp_path, monkeypatch
+):
+    poison(monkeypatch, at_call=6)
+    with pytest.raises(RunError, match="step 6: l2 not finite; the checkpoint of step 5 is good"):
+        train_here(picture_folder, tmp_path / "run")
+
+
+def test_a_nonfinite_step_can_be_skipped_and_leaves_no_trace(picture_folder, tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, at_call=6)
+    tensors = train_here(picture_folder, tmp_path / "run", "optimizer.on_nonfinite=skip", "keep_checkpoints=10")
+    assert "step 6 skipped: l2 not finite" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    five, six = (load_file(tmp_path / f"run/checkpoints/step_{step}/model.safetensors") for step in (5, 6))
+    assert all(torch.equal(five[key], six[key]) for key in five)
+
+
+def test_a_run_that_only_skips_ends(picture_folder, tmp_path, monkeypatch):
+    poison(monkeypatch, at_call=2, times=1000)
+    with pytest.raises(RunError, match="l2 not finite"):
+        train_here(picture_folder, tmp_path / "run", "optimizer.on_nonfinite=skip", "steps=60", "save_every=60")
+
+
+def test_collapse_is_warned_of(caplog):
+    config = TokenizerRun(steps=100)
+    warn_of_collapse(100, {"usage": 0.9}, config)
+    warn_of_collapse(10, {"usage": 0.1}, config)
+    assert not caplog.text
+    warn_of_collapse(50, {"usage": 0.1}, config)
+    assert "only 10% of the codes are in use" in caplog.text
+
+
+def test_trackers_get_the_figures(picture_folder, tmp_path):
+    train_here(picture_folder, tmp_path / "run", "log_with=tensorboard", "steps=2", "warmup_steps=0")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

@@ -164,6 +164,17 @@ def test_the_update_is_that_of_the_paper():
         torch.testing.assert_close(quantizer.ema_sum[code], 0.9 * total[code] + 0.1 * members.sum(0))
 
 
+def test_the_decay_rises_to_its_value():
+    quantizer = trained(ema(decay=0.99, revival_threshold=0.0))
+    for num_steps, decay in [(1, 1 - 1 / 10.1), (500, 1 - 1 / 60), (2000, 0.99)]:
+        quantizer.num_steps.fill_(num_steps)
+        before = quantizer.ema_count.clone()
+        indices = quantizer(latents_of(5, 2, DIM, 4, 4)).indices
+        quantizer.step()
+        expected = decay * before + (1 - decay) * torch.bincount(indices.flatten(), minlength=16)
+        torch.testing.assert_close(quantizer.ema_count, expected)
+
+
 def test_one_step_at_decay_zero_is_one_step_of_lloyds_algorithm():
     data = torch.cat([latents_of(seed, 200, DIM) + 3 * seed for seed in range(4)])
     quantizer = trained(ema(decay=0.0, codebook_size=8, revival_threshold=0.0))

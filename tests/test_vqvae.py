@@ -193,7 +193,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_fold
         (["data=./nowhere"], "read as a path"),
         (["model.quantizer.name=nothing"], "quantizer.name='nothing' must be one of"),
         (["model.resize=8"], "image_size=16 is larger than model.resize=8"),
-        (["mixed_precision=fp16"], "mixed_precision=fp16"),
         (["push_to_hub=a/b"], "card.license=..."),
     ],
 )

@@ -15,8 +15,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenizer import TokenizerConfig
+from tokenizer import QUANTIZERS, TokenizerConfig
+from tokenizer.autoencoder import AUTOENCODERS
 from tokenizer.pretrained import unknown_key
+
+
+TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS}  # settings that name a class and its hyperparameters
 
 
 class UserError(Exception):
@@ -33,9 +37,9 @@ class RunError(UserError):
 
 @dataclass
 class OptimizerSettings:
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.99
-    weight_decay: float = 0.0
+    beta1: float = 0.9  # AdamW's memory of gradients
+    beta2: float = 0.99  # and of their squares
+    weight_decay: float = 0.0  # decoupled, times the learning rate
     max_grad_norm: float = 10.0  # gradients are clipped to this norm
     accumulation_steps: int = 1  # batches whose gradients make one step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
@@ -79,9 +83,7 @@ class CardSettings:
 class TokenizerRun:
     """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
 
-    data: str = (
-        "photographs"  # "photographs" (embedded), a folder, file or pattern, or a Hub id such as uoft-cs/cifar10
-    )
+    data: str = "photographs"  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
     split: str = "train"  # split to train on
     eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
@@ -91,7 +93,7 @@ class TokenizerRun:
     batch_size: int = 16  # images per rank and optimizer step, or per batch that is accumulated
     learning_rate: float = 2e-3  # highest, after the warm-up; then a cosine down to zero
     warmup_steps: int | None = None  # optimizer steps; default steps // 20
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the networks; quantizer and losses stay in float32
     seed: int = 0  # of weights, order, crops and codes
     num_workers: int = 2  # processes per rank that decode images
     eval_every: int | None = None  # steps; default steps // 10
@@ -213,17 +215,23 @@ def help_text(config_class: type) -> str:
 
 
 def settings_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, comment) of every setting, groups and tables opened up."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*(?:#(?!.*#) *(.*))?$", inspect.getsource(config_class), re.M))
-    defaults, hints = config_class(), get_type_hints(config_class)
+    """(dotted key, default, comment) of every setting, groups and choices of a table opened up."""
+    comments, defaults, hints = comments_in(config_class), config_class(), get_type_hints(config_class)
     for part in fields(config_class):
-        default, comment = getattr(defaults, part.name), comments.get(part.name, "")
+        default = getattr(defaults, part.name)
         if is_dataclass(hints[part.name]):
             yield from settings_of(hints[part.name], f"{prefix}{part.name}.")
-        elif isinstance(default, dict):
-            yield from ((f"{prefix}{part.name}.{key}", value, "") for key, value in default.items())
+        elif part.name in TABLES:
+            table, inner = TABLES[part.name], comments_in(TABLES[part.name][default["name"]].__init__)
+            inner["name"] = f"one of {', '.join(table)}"
+            yield from ((f"{prefix}{part.name}.{key}", value, inner.get(key, "")) for key, value in default.items())
         else:
-            yield f"{prefix}{part.name}", default, comment
+            yield f"{prefix}{part.name}", default, comments.get(part.name, "")
+
+
+def comments_in(documented: Any) -> dict[str, str]:
+    """The comment beside each annotated name in the source of a dataclass or a function."""
+    return dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(documented), re.M))
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

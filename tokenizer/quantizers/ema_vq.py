@@ -43,8 +43,8 @@ class EMAVectorQuantizer(Quantizer):
     def __init__(
         self,
         codebook_dim: int,
-        codebook_size: int = 1024,
-        decay: float = 0.99,  # of the moving averages, per optimizer step
+        codebook_size: int = 1024,  # K, number of codes
+        decay: float = 0.99,  # of the moving averages, per optimizer step; it rises to this, see `step`
         commitment_weight: float = 0.25,  # beta in equation 3 of the paper
         normalize: bool = False,  # latents and codes on the unit sphere
         placement: float = 0.1,  # share of the run that is done when the codes are placed
@@ -130,8 +130,10 @@ class EMAVectorQuantizer(Quantizer):
             self.ema_count.copy_(sizes * (count.sum() / len(candidates)))
             self.ema_sum.copy_(codes * smoothed(self.ema_count)[:, None])
         else:
-            self.ema_count.lerp_(count, 1 - self.decay)
-            self.ema_sum.lerp_(total, 1 - self.decay)
+            # The averages look back over about a tenth of the steps since placement: early latents move fast.
+            decay = min(self.decay, 1 - 1 / (10 + num_steps / 10))
+            self.ema_count.lerp_(count, 1 - decay)
+            self.ema_sum.lerp_(total, 1 - decay)
             self.revive(candidates)
         self.num_steps += 1
         return num_steps == 0

@@ -1,0 +1,69 @@
+"""The README's commands and programs run as written, at a few steps."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+
+from tokenizer import ImageTokenizer, TokenizerConfig
+from train.config import TokenizerRun, parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for line in README.splitlines() if line.startswith("accelerate launch train/vqvae.py")]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def a_finished_run(tmp_path, monkeypatch):
+    """A folder with runs/vqvae and picture.jpg, as a reader has it after the first command."""
+    ImageTokenizer(TokenizerConfig()).save_pretrained(tmp_path / "runs" / "vqvae")
+    picture(0, 150, 100).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_each_program_runs(program, a_finished_run):
+    names: dict = {}
+    exec(compile(program, "README.md", "exec"), names)
+    for pictures in (names.get("pictures"), names.get("picture")):
+        if pictures is not None:
+            assert pictures.shape[:2] == (1, 3)
+            assert torch.all((pictures >= 0) & (pictures <= 1))
+
+
+def test_the_programs_are_found():
+    assert len(PROGRAMS) >= 2
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "--help" not in line])
+def test_the_settings_of_each_command_are_valid(command):
+    arguments = re.sub(r'"', "", command.removeprefix("accelerate launch train/vqvae.py")).split()
+    parse(TokenizerRun, arguments)
+
+
+def test_the_first_command_runs_in_an_empty_folder(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train/vqvae.py")]
+    subprocess.run([*launcher, "steps=2"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    tokenizer = ImageTokenizer.from_pretrained(tmp_path / "runs" / "vqvae")
+    assert tokenizer.encode(picture(0, 64, 48)).shape == (1, 12, 16)
+
+
+def test_the_map_names_every_file_and_only_files_that_are_there():
+    rows = re.findall(r"^\| (`[^|]*`) \|", README[README.index("## Map of the files") :], re.M)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert all((ROOT / name).exists() for name in named)
+    files = {str(path.relative_to(ROOT)) for room in ("tokenizer", "train") for path in (ROOT / room).glob("*.py")}
+    assert files - named == {"tokenizer/__init__.py", "train/__init__.py"}
+
+
+def test_the_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from tables import with_tables
+
+    assert with_tables(README) == README

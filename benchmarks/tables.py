@@ -10,13 +10,19 @@ BEGIN, END = "<!-- training results, by benchmarks/tables.py -->", "<!-- end of 
 
 def training_table() -> str:
     """A row per recorded training run."""
-    rows = ["| command | validation PSNR | codes in use | perplexity | bits per pixel | time | on |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| command | validation PSNR | codes in use | perplexity | bits per pixel | time | on |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for path in sorted((ROOT / "benchmarks" / "results").glob("training_*.json")):
         result = json.loads(path.read_text())
         metrics, minutes = result["metrics"], result["seconds"] / 60
-        hardware = f"{result['threads']} cores of {result['processor']}" if result["device"] == "cpu" else result["device"]
+        codes = f"{metrics['usage']:.1%} | {metrics['perplexity']:.0f}"
+        hardware = (
+            f"{result['threads']} cores of {result['processor']}" if result["device"] == "cpu" else result["device"]
+        )
         rows.append(
-            f"| `{result['command']}` | {metrics['psnr']:.2f} dB | {metrics['usage']:.1%} | {metrics['perplexity']:.0f} "
+            f"| `{result['command']}` | {metrics['psnr']:.2f} dB | {codes} "
             f"| {metrics['bits_per_pixel']:.3f} | {minutes:.1f} min | {hardware} |"
         )
     return "\n".join(rows)

@@ -49,7 +49,8 @@ def circumstances() -> dict[str, object]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "accelerate", "datasets")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "accelerate", "datasets")}
+        | {"python": platform.python_version()},
     }
 
 

@@ -1,5 +1,6 @@
 """The training program: real processes for kills, signals, ranks and disks; the rest in this one."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from conftest import picture
 from safetensors.torch import load_file
 
 from tokenizer import ImageTokenizer
@@ -250,7 +252,7 @@ def test_the_learning_rate_warms_up_and_ends_near_zero():
     rates = [learning_rate(config, step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.001
 
 
@@ -263,11 +265,22 @@ def test_accumulated_batches_equal_one_batch(picture_folder, tmp_path):
     torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings", [["streaming=true", "num_workers=2"], ["average.decay=0"], ["mixed_precision=bf16"]]
-)
+@pytest.mark.parametrize("settings", [["average.decay=0"], ["mixed_precision=bf16"]])
 def test_variants_resume_to_the_bit(settings, picture_folder, tmp_path, monkeypatch):
-    whole = train_here(picture_folder, tmp_path / "whole", *settings)
+    assert_resumes_to_the_bit(picture_folder, settings, tmp_path, monkeypatch)
+
+
+def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
+    for index in range(16):
+        folder = tmp_path / "data" / ("validation" if index < 2 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(index).save(folder / f"{index}.png")
+    assert_resumes_to_the_bit(str(tmp_path / "data"), ["streaming=true", "num_workers=2"], tmp_path, monkeypatch)
+
+
+def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Interrupt a run in this process right after a checkpoint, mid-epoch, and compare it with an undisturbed one."""
+    whole = train_here(folder, tmp_path / "whole", *settings)
     save = RunFolder.save
 
     def save_and_end(self, accelerator, step, corrupt):
@@ -277,8 +290,8 @@ def test_variants_resume_to_the_bit(settings, picture_folder, tmp_path, monkeypa
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(RunFolder, "save", save_and_end)
-        train_here(picture_folder, tmp_path / "parts", *settings)
-    parts = train_here(picture_folder, tmp_path / "parts", *settings)
+        train_here(folder, tmp_path / "parts", *settings)
+    parts = train_here(folder, tmp_path / "parts", *settings)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 

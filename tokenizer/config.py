@@ -25,6 +25,10 @@ class TokenizerConfig(PretrainedConfig):
         self.quantizer = complete("quantizer", self.quantizer, QUANTIZERS)
         if self.image_channels not in (1, 3):
             raise ValueError(f"image_channels={self.image_channels} must be 3 (RGB) or 1 (grey)")
+        if self.codebook_dim < 1:
+            raise ValueError(f"codebook_dim={self.codebook_dim} must be at least 1")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
 
 
 def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[s
     Raises ValueError for a name that is not in the table, an unknown hyperparameter or a value of another type.
     """
     name = given.get("name")
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"{part}.name={name!r} must be one of {', '.join(sorted(table))}")
     known = hyperparameters(table[name])
     for key in given:

@@ -51,14 +51,16 @@ def stack_pil(images: list[Image.Image], channels: int, factor: int, resize: int
             raise ValueError(f"a list holding {type(image).__name__}; lists hold PIL images, stack arrays and tensors")
     if not images:
         raise ValueError("an empty list of images; pass at least one")
-    prepared = [prepare_pil(image, channels, factor, resize) for image in images]
-    sizes = {image.size for image in prepared}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"images of {len(sizes)} sizes (width, height), such as {sorted(sizes)[:2]}, cannot share a batch; "
-            f"pass resize=..., or encode them one by one"
-        )
-    return torch.stack([pil_to_tensor(image) for image in prepared])
+    converted = (convert(image, channels) for image in images)  # a generator: with a resize only the squares are kept
+    if resize is None:
+        converted = list(converted)
+        sizes = {image.size for image in converted}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"images of {len(sizes)} sizes (width, height), such as {sorted(sizes)[:2]}, cannot share a batch; "
+                f"pass resize=..., or encode them one by one"
+            )
+    return torch.stack([pil_to_tensor(resize_and_crop(image, factor, resize)) for image in converted])
 
 
 def from_numpy(images: np.ndarray) -> Tensor:
@@ -66,9 +68,11 @@ def from_numpy(images: np.ndarray) -> Tensor:
     if images.dtype != np.uint8:
         raise ValueError(f"array of {images.dtype}; arrays are uint8, for floats pass a tensor (B, C, H, W) in [0, 1]")
     if images.ndim not in (3, 4):
-        raise ValueError(f"array of shape {images.shape}; the rule is (H, W, C) or (B, H, W, C), grey is array[..., None]")
+        raise ValueError(
+            f"array of shape {images.shape}; the rule is (H, W, C) or (B, H, W, C), grey is array[..., None]"
+        )
     batch = images[None] if images.ndim == 3 else images
-    return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.require(batch, requirements=["C", "W"])).permute(0, 3, 1, 2)  # torch warns of read only
 
 
 def check_shape(shape: torch.Size, channels: int, factor: int) -> None:
@@ -78,7 +82,7 @@ def check_shape(shape: torch.Size, channels: int, factor: int) -> None:
     if shape[1] != channels:
         raise ValueError(
             f"images of shape {tuple(shape)} have {shape[1]} channels and this model takes {channels}; "
-            f"tensors are (B, C, H, W), arrays (B, H, W, C)"
+            f"tensors are (B, C, H, W), arrays (B, H, W, C), PIL images are converted"
         )
     if 0 in shape:
         raise ValueError(f"images of shape {tuple(shape)} are empty; pass at least one picture of at least one pixel")
@@ -93,9 +97,9 @@ def check_shape(shape: torch.Size, channels: int, factor: int) -> None:
 def nearest_multiples(side: int, factor: int) -> str:
     """The side itself if `factor` divides it, else the two multiples around it."""
     below = side // factor * factor
-    if below == side:
-        return str(side)
-    return f"{below} or {below + factor}" if below else str(factor)
+    if below < 1:
+        return str(factor)
+    return str(side) if below == side else f"{below} or {below + factor}"
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ def to_unit_range(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"images of {images.dtype}; the rule is uint8, or float in [0, 1]")
     images = images.float()
-    low, high = (value.item() for value in torch.aminmax(images))
+    low, high = (round(value.item(), 6) for value in torch.aminmax(images))  # the tolerance itself, in any float type
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also true of NaN
         raise ValueError(
             f"float images run from {low:g} to {high:g}; they must lie in [0, 1]: "
@@ -115,12 +119,16 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def prepare_pil(image: Image.Image, channels: int, factor: int, resize: int | None) -> Image.Image:
-    """Upright, in the model's channels, resized and cropped.
+    """Upright, in the model's channels, resized and cropped: `convert`, then `resize_and_crop`."""
+    return resize_and_crop(convert(image, channels), factor, resize)
+
+
+def resize_and_crop(image: Image.Image, factor: int, resize: int | None) -> Image.Image:
+    """An RGB or grey image with both sides divisible by `factor`.
 
     `resize` is the side in pixels: the short side is brought to it (bicubic, antialiased), then the centred square is
     cut out. Without it the size is kept and a centred crop makes both sides divisible by `factor`.
     """
-    image = convert(image, channels)
     if resize is not None:
         image = resize_short_side(image, resize)
         width = height = resize
@@ -142,6 +150,8 @@ def resize_short_side(image: Image.Image, side: int) -> Image.Image:
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
     """Any PIL mode to upright 8-bit RGB or grey: transparency onto white, 16-bit scaled, palettes looked up."""
+    if 0 in image.size:
+        raise ValueError(f"an image of {image.width} x {image.height} pixels is empty; pass at least one pixel")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = from_16_bit(image)
@@ -154,8 +164,10 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def from_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey (modes I;16 and I) to 8-bit: 65535 is white."""
-    values = np.asarray(image, dtype=np.int64)
+    """16-bit grey (modes I;16 and I) to 8-bit: 65535 is white, and so is the value marked as transparent, if any."""
+    values = np.array(image, dtype=np.int64)
+    if "transparency" in image.info:
+        values[values == image.info["transparency"]] = 65535
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"a PIL image of mode {image.mode} holds {values.min()}..{values.max()}; the rule is 0..65535")
     return Image.fromarray(np.round(values / 257).astype(np.uint8))

@@ -20,18 +20,30 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def usage(counts: Tensor) -> float:
-    """Share in [0, 1] of the codes with a count above zero, from counts (K,) of tokens per code."""
+    """Share in [0, 1] of the codes with a count above zero, from counts (K,) of tokens per code.
+
+    Raises ValueError where a count is negative or all are zero.
+    """
+    check_counts(counts)
     return (counts > 0).double().mean().item()
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the token distribution in nats, 1 to K: the number of equally used codes worth the same."""
-    probabilities = counts.double() / counts.sum()
+    """exp of the entropy of the token distribution in nats, 1 to K: the number of equally used codes worth the same.
+
+    From counts (K,) of tokens per code; ValueError as in `usage`.
+    """
+    check_counts(counts)
+    probabilities = counts.double() / counts.double().sum()
     return torch.special.entr(probabilities).sum().exp().item()
 
 
 def bits_per_pixel(vocab_size: int, num_tokens: int, image_size: tuple[int, int]) -> float:
     """Bits of `num_tokens` tokens at a uniform code, log2(vocab_size) each, per pixel of an (H, W) image."""
+    if min(vocab_size, num_tokens, *image_size) < 1:
+        raise ValueError(
+            f"vocab_size={vocab_size}, num_tokens={num_tokens}, image_size={image_size} must be at least 1"
+        )
     return num_tokens * math.log2(vocab_size) / (image_size[0] * image_size[1])
 
 
@@ -42,7 +54,19 @@ def check_pair(images: Tensor, references: Tensor) -> None:
             f"shapes {tuple(images.shape)} and {tuple(references.shape)} must be the same (B, C, H, W); "
             f"a single picture is image[None]"
         )
+    if images.numel() == 0:
+        raise ValueError(f"images of shape {tuple(images.shape)} are empty; pass at least one picture")
     for name, batch in [("images", images), ("references", references)]:
+        if not batch.is_floating_point():
+            raise ValueError(f"{name} of {batch.dtype} must be floats in [0, 1]: divide uint8 by 255")
         low, high = batch.min().item(), batch.max().item()
         if not (low >= 0 and high <= 1):  # also true of NaN
             raise ValueError(f"{name} run from {low:g} to {high:g}; they must lie in [0, 1]: clamp or rescale them")
+
+
+def check_counts(counts: Tensor) -> None:
+    """Raise a ValueError that names the value and the rule."""
+    if counts.ndim != 1:
+        raise ValueError(f"counts of shape {tuple(counts.shape)} must be (K,): torch.bincount(tokens.flatten())")
+    if not (counts >= 0).all() or not counts.sum() > 0:
+        raise ValueError("counts must not be negative and not all zero; count at least one token")

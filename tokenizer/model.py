@@ -4,16 +4,22 @@ Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .autoencoder import AUTOENCODERS
 from .config import TokenizerConfig, build
-from .images import Images, check_shape, from_model_range, to_batch, to_model_range
+from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .pretrained import PretrainedModel
 from .quantizers import QUANTIZERS
+
+INTEGER_TYPES = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 USAGE = """
 from PIL import Image
@@ -33,11 +39,11 @@ class TokenizerOutput:
 
 
 class ImageTokenizer(PretrainedModel):
-    """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): an encoder, a quantizer and a decoder, chosen by the config."""
+    """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): encoder, quantizer and decoder, chosen by the config."""
 
     config_class = TokenizerConfig
     card_caption = "originals above, reconstructions below"
-    card_tags = ["image-tokenizer", "vq-vae", "vector-quantization"]
+    card_tags: ClassVar[list[str]] = ["image-tokenizer", "vq-vae", "vector-quantization"]
     card_usage = USAGE
 
     def __init__(self, config: TokenizerConfig):
@@ -45,17 +51,19 @@ class ImageTokenizer(PretrainedModel):
         self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, config.codebook_dim)
         self.quantizer = build(QUANTIZERS, config.quantizer, config.codebook_dim)
         if config.resize is not None:
-            self.grid_size(config.resize)  # raises where the factor does not divide it
+            self.check_resize(config.resize)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
+        if not images.is_floating_point():
+            raise ValueError(f"images of {images.dtype}; forward takes floats in [0, 1]: divide by 255, or call encode")
         check_shape(images.shape, self.config.image_channels, self.downsample_factor)
         quantized = self.quantizer(self.encode_latents(images))
         reconstructions = self.decode_latents(quantized.quantized)
         return TokenizerOutput(reconstructions, quantized.indices, quantized.losses)
 
     @torch.no_grad()
-    def encode(self, images: Images, resize: int | None | Literal["config"] = "config") -> Tensor:
+    def encode(self, images: Images, resize: int | Literal["config"] | None = "config") -> Tensor:
         """Images to tokens (B, h, w) int64 in [0, vocab_size), row-major, on the model's device.
 
         Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
@@ -66,7 +74,7 @@ class ImageTokenizer(PretrainedModel):
         if resize == "config":
             resize = self.config.resize
         if resize is not None:
-            self.grid_size(resize)
+            self.check_resize(resize)
         batch = to_batch(images, self.config.image_channels, self.downsample_factor, resize)
         with self.evaluating():
             return self.quantizer(self.encode_latents(batch.to(self.device))).indices
@@ -81,25 +89,36 @@ class ImageTokenizer(PretrainedModel):
             return self.decode_latents(self.tokens_to_codes(tokens)).clamp(0, 1)
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Float images (B, C, H, W) in [0, 1] to latents (B, D, h, w), before the quantizer."""
-        return self.autoencoder.encoder(to_model_range(images.to(self.dtype)))
+        """Float images (B, C, H, W) in [0, 1] to latents (B, D, h, w), before the quantizer.
+
+        In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
+        token in about 5000 would depend on the pictures beside it.
+        """
+        at_once = len(images) if self.training or images.device.type != "cpu" else 1
+        pixels = (to_model_range(part.float()) for part in images.split(at_once))  # float32: bfloat16 rounds once
+        return torch.cat([self.autoencoder.encoder(self.laid_out(part)) for part in pixels])
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
-        return from_model_range(self.autoencoder.decoder(latents.to(self.dtype)).float())
+        return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
+
+    def laid_out(self, features: Tensor) -> Tensor:
+        """In the type of the weights and one memory layout, whatever the source: in another, convolutions round anew."""
+        return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w), or (h, w) for one picture, to codes (B, D, h, w) float32; ValueError as in `decode`."""
-        if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype in (torch.bool, torch.complex64):
+        if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGER_TYPES:
             kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(f"tokens of {kind}; the rule is an integer tensor (B, h, w), as encode returns it")
         if tokens.ndim not in (2, 3) or tokens.numel() == 0:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}; the rule is (B, h, w), none of them 0")
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}; the rule is (B, h, w) or (h, w), none of them 0")
+        tokens = tokens.to(torch.int64)
         low, high = (value.item() for value in torch.aminmax(tokens))
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"tokens run from {low} to {high}; they must lie in [0, {self.vocab_size})")
         grid = tokens if tokens.ndim == 3 else tokens[None]
-        return self.quantizer.indices_to_codes(grid.to(self.device, torch.int64))
+        return self.quantizer.indices_to_codes(grid.to(self.device))
 
     @property
     def vocab_size(self) -> int:
@@ -113,11 +132,23 @@ class ImageTokenizer(PretrainedModel):
 
     def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size
         factor = self.downsample_factor
         if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(f"image_size={image_size} must be a positive multiple of downsample_factor={factor}")
+            raise ValueError(
+                f"image_size={image_size} must be a positive multiple of downsample_factor={factor}; the nearest "
+                f"height is {nearest_multiples(height, factor)}, the nearest width {nearest_multiples(width, factor)}"
+            )
         return height // factor, width // factor
+
+    def check_resize(self, resize: int) -> None:
+        """Raise ValueError unless `resize` is a side in pixels that the factor divides."""
+        factor = self.downsample_factor
+        if not isinstance(resize, Integral) or resize < 1 or resize % factor:
+            raise ValueError(
+                f"resize={resize!r} must be a side in pixels, a positive multiple of downsample_factor={factor}, "
+                f"or None to keep the size"
+            )
 
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (h, w) of each grid of tokens in order; one for a quantizer with a single scale."""

@@ -4,6 +4,7 @@ defaults of a dataclass < preset YAML < key=value on the command line -> one typ
 """
 
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizer import QUANTIZERS, TokenizerConfig
 from tokenizer.autoencoder import AUTOENCODERS
 from tokenizer.pretrained import unknown_key
-
 
 TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS}  # settings that name a class and its hyperparameters
 
@@ -40,7 +40,7 @@ class OptimizerSettings:
     beta1: float = 0.9  # AdamW's memory of gradients
     beta2: float = 0.99  # and of their squares
     weight_decay: float = 0.0  # decoupled, times the learning rate
-    max_grad_norm: float = 10.0  # gradients are clipped to this norm
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
     accumulation_steps: int = 1  # batches whose gradients make one step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
 
@@ -89,9 +89,9 @@ class TokenizerRun:
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
     image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
     output_dir: str = "runs/vqvae"  # the run's folder
-    steps: int = 2000  # optimizer steps
+    steps: int = 1500  # optimizer steps
     batch_size: int = 16  # images per rank and optimizer step, or per batch that is accumulated
-    learning_rate: float = 2e-3  # highest, after the warm-up; then a cosine down to zero
+    learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
     warmup_steps: int | None = None  # optimizer steps; default steps // 20
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the networks; quantizer and losses stay in float32
     seed: int = 0  # of weights, order, crops and codes
@@ -137,6 +137,8 @@ def require(condition: bool, given: str, rule: str) -> None:
 
 def launch(main: Callable[[Any], None], config_class: type) -> None:
     """Run a program on the command line's settings; a UserError becomes one line on stderr and the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
     try:
         main(parse(config_class, sys.argv[1:]))
     except UserError as error:

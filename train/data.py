@@ -8,6 +8,7 @@ import glob
 import itertools
 import logging
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset, load_dataset_builder
+from accelerate.data_loader import prepare_data_loader
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    disable_progress_bars,
+    load_dataset_builder,
+)
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
@@ -111,16 +121,20 @@ def load_splits(config: TokenizerRun) -> tuple[Dataset | IterableDataset, Datase
     if config.data == "photographs":
         return embedded("train"), embedded("validation")
     arguments = locate(config.data, config.data_options.subset)
+    if is_path(config.data):
+        disable_progress_bars()  # opening files on disk is quick; a download is not
     builder = load_dataset_builder(**arguments)
     names = [str(name) for name in builder.info.splits or builder.config.data_files or []]
     wanted = config.eval_split or next((name for name in ("validation", "test") if name in names), None)
     for key, name in [("split", config.split), ("eval_split", wanted)]:
         if name is not None and names and name not in names:
             raise UserError(f"{key}={name} is not a split of {config.data}; it has {', '.join(names)}")
-    train = load_dataset(**arguments, split=config.split, streaming=config.streaming)
-    if wanted is None or wanted == config.split:
-        return train, None
-    return train, load_dataset(**arguments, split=wanted, streaming=config.streaming)
+    if config.streaming:
+        splits = builder.as_streaming_dataset()
+    else:
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    return splits[config.split], splits[wanted] if wanted not in (None, config.split) else None
 
 
 def is_path(data: str) -> bool:
@@ -180,9 +194,11 @@ def hold_out(source: ImageSource, seed: int) -> tuple[Any, Any]:
 
 
 def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> bool:
-    """Whether a streamed row is among those held out, or among the others; its content or path decides."""
+    """Whether a streamed row is among those held out, or among the others; its content decides, or its file's name."""
     value = row[column] or {}
-    content = value.get("bytes") or (value.get("path") or "").encode()
+    content = (
+        value.get("bytes") or "/".join(Path(value.get("path") or "").parts[-2:]).encode()
+    )  # wherever the data lies
     return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
 
 
@@ -300,18 +316,26 @@ def collate(samples: list[tuple[Tensor, list[Unreadable]]]) -> tuple[Tensor, lis
     return torch.stack(crops), list(itertools.chain.from_iterable(corrupt))
 
 
+def outlive_signals(worker: int) -> None:
+    """A pre-empting scheduler signals every process of a job; the workers must live until the checkpoint is written."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def training_batches(
     source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
 ) -> Iterator[tuple[Tensor, list[Unreadable]]]:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
     shared = {"batch_size": config.batch_size, "collate_fn": collate, "generator": torch.Generator()}
-    shared["pin_memory"] = accelerator.device.type == "cuda"
+    shared |= {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": outlive_signals}
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     if isinstance(source.rows, Dataset):
         order = EndlessOrder(len(source.rows), config.seed)
         loader = DataLoader(MappedCrops(source, config), sampler=order, num_workers=config.num_workers, **shared)
-        return iter(skip_first_batches(accelerator.prepare_data_loader(loader), batches_done))
-    rank = accelerator.process_index
-    rows = split_dataset_by_node(source.rows, rank, accelerator.num_processes)
+        # Not Accelerator's method of that name, which would keep a reference to every loader of every evaluation.
+        dealt = prepare_data_loader(loader, accelerator.device, num_ranks, rank, put_on_device=True)
+        return iter(skip_first_batches(dealt, batches_done))
+    rows = split_dataset_by_node(source.rows, rank, num_ranks)
     num_workers = min(config.num_workers, rows.num_shards)
     skip = batches_done // max(1, num_workers) * config.batch_size  # workers take turns, a batch each
     crops = StreamedCrops(replace(source, rows=rows), config, rank, skip, known_corrupt)

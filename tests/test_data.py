@@ -37,13 +37,8 @@ pytestmark = [
 ]
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-# (shards, rows in each) -> the rows of an epoch for each worker of each of two ranks
-STREAMS = {
-    (1, 12): [[6], [6]],
-    (3, 5): [[5, 3], [5, 2]],
-    (4, 3): [[3, 3], [3, 3]],
-    (6, 4): [[8, 4], [8, 4]],
-}
+# (shards, rows in each): the rows of an epoch for each worker of each of two ranks
+STREAMS = {(1, 12): [[6], [6]], (3, 5): [[5, 3], [5, 2]], (4, 3): [[3, 3], [3, 3]], (6, 4): [[8, 4], [8, 4]]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,9 +214,10 @@ def test_data_that_cannot_be_opened_is_one_line_for_the_user(tmp_path, name, wor
     assert "\n" not in str(refusal.value)
 
 
-def test_a_stream_too_short_to_hold_out_an_image_says_so(picture_folder):
+def test_a_stream_too_short_to_hold_out_an_image_says_so(tmp_path):
+    write_parquet(tmp_path / "0.parquet", [b"two", b"rows"])
     with pytest.raises(UserError, match="has no image to validate on; name a split that has some: eval_split="):
-        open_sources(settings(picture_folder, streaming=True))
+        open_sources(settings(tmp_path, streaming=True))
 
 
 def become_nobody() -> None:
@@ -413,7 +409,7 @@ def rank_story(folder: Path) -> dict[str, Any]:
     story["mapped"] = [crops.flatten(1).tolist() for crops, _ in take(settings(folder / "mapped", num_workers=2), 8)]
     options = {"streaming": True, "batch_size": 1, "data_options": DataSettings(shuffle_buffer=4)}
     for shards, rows in STREAMS:
-        story[f"{shards}x{rows}"] = order(settings(folder / f"{shards}x{rows}", num_workers=2, **options), 40)
+        story[f"{shards}x{rows}"] = order(settings(folder / f"{shards}x{rows}", num_workers=2, **options), 32)
     try:
         story["short"] = order(settings(folder / "short", **options), 3)
     except RunError as error:

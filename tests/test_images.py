@@ -58,7 +58,7 @@ def test_every_kind_gives_the_same_tokens_for_the_same_batch(tokenizer):
     kinds = [batch, chw(batch), chw(batch).float() / 255, [Image.fromarray(array) for array in batch]]
     first, *others = [tokenizer.encode(kind) for kind in kinds]
     assert first.shape == (3, 10, 12)
-    assert first.unique().numel() > 5
+    assert first.unique().numel() > 3
     assert all(torch.equal(first, other) for other in others)
 
 

@@ -29,6 +29,7 @@ TINY = [
     "eval_every=5",
     "save_every=1",
     "average.decay=0.9",
+    "speed.threads=1",
     "model.codebook_dim=4",
     "model.autoencoder.patch_size=2",
     "model.autoencoder.base_channels=8",

@@ -103,7 +103,7 @@ class ImageTokenizer(PretrainedModel):
         return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
 
     def laid_out(self, features: Tensor) -> Tensor:
-        """In the type of the weights and one memory layout, whatever the source: in another, convolutions round anew."""
+        """In the type of the weights and in one memory layout: convolutions round differently in another."""
         return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class LossSettings:
 @dataclass
 class SpeedSettings:
     compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+    threads: int | None = None  # of each rank on CPU; default: the cores shared among the ranks of the machine
 
 
 @dataclass

@@ -19,15 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    disable_progress_bars,
-    load_dataset_builder,
-)
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, disable_progress_bars, load_dataset_builder
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
@@ -57,6 +49,7 @@ SPLIT_FOLDERS = {name for names in SPLIT_KEYWORDS.values() for name in names}  #
 MAX_EMPTY_EPOCHS = 10  # in a row; then a worker whose share of a stream holds no row ends
 
 Unreadable = tuple[str, str]  # the name of an image and why it could not be decoded
+Batches = Iterator[tuple[Tensor, list[Unreadable]]]  # crops uint8 (B, C, S, S), the unreadable images met on the way
 
 
 @dataclass
@@ -74,9 +67,7 @@ class ImageSource:
 
     def name(self, row: dict[str, Any]) -> str:
         """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row."""
-        value = row[self.image_column]
-        if value is None:
-            return "a row without an image"
+        value = row[self.image_column] or {"bytes": None, "path": "a row without an image"}
         if value["bytes"] is None:
             return value["path"]
         return f"{value['path'] or 'an image'} (crc32 {zlib.crc32(value['bytes']):08x})"
@@ -189,16 +180,14 @@ def hold_out(source: ImageSource, seed: int) -> tuple[Any, Any]:
         parts = source.rows.train_test_split(max(1, len(source.rows) // HELD_OUT), seed=seed)
         return parts["train"], parts["test"]
     parts = [{"column": source.image_column, "seed": seed, "held_out": held_out} for held_out in (False, True)]
-    train, validation = (source.rows.filter(is_in_part, fn_kwargs=part) for part in parts)
-    return train, validation
+    return tuple(source.rows.filter(is_in_part, fn_kwargs=part) for part in parts)
 
 
 def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> bool:
     """Whether a streamed row is among those held out, or among the others; its content decides, or its file's name."""
-    value = row[column] or {}
-    content = (
-        value.get("bytes") or "/".join(Path(value.get("path") or "").parts[-2:]).encode()
-    )  # wherever the data lies
+    value = row[column] or {"bytes": None, "path": None}
+    place = "/".join(Path(value["path"] or "").parts[-2:])  # the same wherever the data lies
+    content = value["bytes"] or place.encode()
     return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
 
 
@@ -291,8 +280,8 @@ class StreamedCrops(torch.utils.data.IterableDataset):
                 yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), corrupt
                 corrupt = []
             if 0 <= number < len(corrupt):
-                name, reason = corrupt[-1]
-                raise RunError(f"none of the {number + 1} images of a worker can be read, such as {name}: {reason}")
+                example = ": ".join(corrupt[-1])
+                raise RunError(f"none of the {number + 1} images of a worker can be read, such as {example}")
             empty_epochs = empty_epochs + 1 if number < 0 else 0  # shards are dealt anew in each epoch
             if empty_epochs == MAX_EMPTY_EPOCHS:
                 return
@@ -324,7 +313,7 @@ def outlive_signals(worker: int) -> None:
 
 def training_batches(
     source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
-) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+) -> Batches:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
     shared = {"batch_size": config.batch_size, "collate_fn": collate, "generator": torch.Generator()}
     shared |= {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": outlive_signals}
@@ -343,9 +332,7 @@ def training_batches(
     return placed(itertools.islice(loader, batches_done, None), accelerator)
 
 
-def placed(
-    batches: Iterator[tuple[Tensor, list[Unreadable]]], accelerator: Accelerator
-) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+def placed(batches: Batches, accelerator: Accelerator) -> Batches:
     """A stream's batches on the accelerator's device; RunError where they end, which those of an empty share do."""
     for images, corrupt in batches:
         yield images.to(accelerator.device, non_blocking=True), corrupt

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,7 +169,7 @@ def make_accelerator(config: TokenizerRun) -> Accelerator:
     if config.log_with and find_spec(config.log_with) is None:
         raise UserError(f"log_with={config.log_with} is not installed; `pip install {config.log_with}`")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.optimizer.accumulation_steps,
             log_with=config.log_with,
@@ -176,6 +177,11 @@ def make_accelerator(config: TokenizerRun) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"mixed_precision={config.mixed_precision}: {error}") from None
+    if accelerator.device.type == "cpu":  # accelerate launch and torchrun leave one thread to a process
+        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(config.speed.threads or max(1, num_cores // num_local_ranks))
+    return accelerator
 
 
 def averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:

@@ -90,7 +90,7 @@ class TokenizerRun:
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
     image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
     output_dir: str = "runs/vqvae"  # the run's folder
-    steps: int = 1500  # optimizer steps
+    steps: int = 700  # optimizer steps
     batch_size: int = 16  # images per rank and optimizer step, or per batch that is accumulated
     learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
     warmup_steps: int | None = None  # optimizer steps; default steps // 20

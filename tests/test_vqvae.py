@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from conftest import picture
+from hub_server import serve_hub
 from safetensors.torch import load_file
 
 from tokenizer import ImageTokenizer
@@ -347,3 +348,29 @@ def test_collapse_is_warned_of(caplog):
 def test_trackers_get_the_figures(picture_folder, tmp_path):
     train_here(picture_folder, tmp_path / "run", "log_with=tensorboard", "steps=2", "warmup_steps=0")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_a_run_is_published_and_a_failed_upload_loses_nothing(picture_folder, tmp_path):
+    output = tmp_path / "run"
+    publish = ["push_to_hub=me/pictures", "card.license=mit", "card.data=small pictures", "card.data_license=cc0-1.0"]
+    arguments = command(picture_folder, output, "steps=2", "warmup_steps=0", *publish)
+    with serve_hub(token="secret") as hub:
+        connection = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        refused = run(arguments, **connection, HF_TOKEN="wrong")
+        assert refused.returncode == 2  # before any training
+        assert "push_to_hub=me/pictures cannot be created" in refused.stderr
+        assert not output.exists()
+
+        hub.fail_commits[:] = [403]
+        failed = run(arguments, **connection, HF_TOKEN="secret")
+        assert failed.returncode == 1
+        assert "the model is safe in" in failed.stderr.splitlines()[-1]
+        fingerprint = ImageTokenizer.from_pretrained(output).fingerprint
+
+        published = run(arguments, **connection, HF_TOKEN="secret")
+        assert published.returncode == 0, published.stderr
+        files = hub.repos["me/pictures"][-1].files
+    assert {"config.json", "model.safetensors", "README.md", "sample.png"} <= files.keys()
+    card = files["README.md"].decode()
+    for said in ("license: mit", 'from_pretrained("me/pictures")', "small pictures", "cc0-1.0", "psnr", fingerprint):
+        assert said in card

@@ -126,10 +126,10 @@ class ConvolutionalAutoencoder(nn.Module):
         channel_multipliers: Sequence[int] = (1,),  # one per level; each later level halves the side
         num_res_blocks: int = 1,  # per level in the encoder; the decoder has one more
         attention_levels: Sequence[int] = (),  # levels whose blocks attend; 0 is the full resolution
-        middle_attention: bool = False,
+        middle_attention: bool = False,  # between the two blocks at the lowest resolution
         latent_channels: int = 64,  # between the 3x3 convolutions and the 1x1 projections to and from codebook_dim
         norm_groups: int = 0,  # 32 in VQGAN; 0 builds no normalisation
-        dropout: float = 0.0,
+        dropout: float = 0.0,  # in the residual blocks
     ):
         super().__init__()
         check_counts(

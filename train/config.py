@@ -56,6 +56,7 @@ class DataSettings:
     image_column: str | None = None  # default: the only column of images
     label_column: str | None = None  # default: the only column of classes, where there is one
     flip: bool = True  # mirror half of the training images
+    shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 for the photographs, else 0
     shuffle_buffer: int = 1000  # images held to shuffle a stream
     max_corrupt_fraction: float = 0.01  # share of unreadable images that stops the run
     eval_images: int = 256  # at most so many validation images, the first ones
@@ -123,6 +124,10 @@ class TokenizerRun:
         )
         if self.warmup_steps is None:
             self.warmup_steps = self.steps // 20
+        if self.data_options.shuffle_colors is None:
+            self.data_options.shuffle_colors = 0.5 if self.data == "photographs" else 0.0
+        share = self.data_options.shuffle_colors
+        require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
         self.eval_every = self.eval_every or max(1, self.steps // 10)
         self.save_every = self.save_every or max(1, self.steps // 10)
         if self.push_to_hub:

@@ -196,6 +196,7 @@ class CropMaker:
 
     def __init__(self, source: ImageSource, config: TokenizerRun):
         self.source, self.size, self.flip = source, config.image_size, config.data_options.flip
+        self.shuffle_colors = config.data_options.shuffle_colors
         self.channels, self.resize, self.seed = config.model.image_channels, config.model.resize, config.seed
 
     def picture(self, row: dict[str, Any]) -> Tensor:
@@ -212,7 +213,11 @@ class CropMaker:
         random = np.random.default_rng((self.seed, *sample))
         top, left = (int(random.integers(side - self.size + 1)) for side in picture.shape[1:])
         cut = picture[:, top : top + self.size, left : left + self.size]
-        return cut.flip(2) if self.flip and random.random() < 0.5 else cut
+        if self.flip and random.random() < 0.5:
+            cut = cut.flip(2)
+        if random.random() < self.shuffle_colors:  # nine photographs hold few colours, and half of these others
+            cut = cut[random.permutation(len(cut))]
+        return cut
 
 
 class MappedCrops(torch.utils.data.Dataset):

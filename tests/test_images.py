@@ -166,6 +166,7 @@ def test_an_impossible_resize_is_refused_by_encode_and_by_the_model(tokenizer, r
         ImageTokenizer(tiny_config(resize=resize))
 
 
+@settings(deadline=None)
 @given(side=st.integers(1, 500), factor=st.integers(1, 64))
 def test_the_named_multiples_are_the_nearest(side, factor):
     named = {int(number) for number in nearest_multiples(side, factor).split(" or ")}

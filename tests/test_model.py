@@ -128,9 +128,9 @@ def test_the_same_image_gives_the_same_tokens_whatever_the_batch_around_it(token
 
 
 def test_even_where_two_codes_are_almost_equally_near():
-    images = images_of(0, 16, 3, 64, 64)
-    model = placed(TokenizerConfig(quantizer={"name": "ema_vq", "codebook_size": 4096}), images)
-    alone = torch.cat([model.encode(image) for image in images])  # 4096 tokens
+    images = images_of(0, 8, 3, 32, 32)  # 512 latents, so that the 1024 codes stand in twins
+    model = placed(TokenizerConfig(), images)
+    alone = torch.cat([model.encode(image) for image in images])
     assert torch.equal(model.encode(images), alone)
 
 
@@ -253,15 +253,19 @@ def test_in_a_bfloat16_model_codes_and_search_stay_float32(tokenizer):
     assert_search_in_float32(tokenizer.to(torch.bfloat16))
 
 
-def test_it_compiles_into_one_graph(tokenizer):
-    images, expected, latents = images_of(1), tokenizer(images_of(1)), tokenizer.encode_latents(images_of(1)).detach()
-    options = {"fullgraph": True, "backend": "eager"}
-    output = torch.compile(tokenizer, **options)(images)
-    assert torch.equal(output.tokens, expected.tokens)
-    torch.testing.assert_close(output.reconstructions, expected.reconstructions)
-    torch.testing.assert_close(torch.compile(tokenizer.encode_latents, **options)(images), latents)
-    pictures = torch.compile(tokenizer.decode_latents, **options)(latents)
-    torch.testing.assert_close(pictures, tokenizer.decode_latents(latents))
+@torch.no_grad()
+def test_forward_and_the_inner_methods_compile_into_one_graph_each():
+    images = images_of(1, 2, 3, 8, 12)
+    tokenizer = placed(tiny_config(), images)
+    expected, latents = tokenizer(images), tokenizer.encode_latents(images)
+    forward, encode_latents, decode_latents = (
+        torch.compile(method, fullgraph=True, backend="eager")
+        for method in (tokenizer, tokenizer.encode_latents, tokenizer.decode_latents)
+    )
+    assert torch.equal(forward(images).tokens, expected.tokens)
+    torch.testing.assert_close(forward(images).reconstructions, expected.reconstructions)
+    torch.testing.assert_close(encode_latents(images), latents)
+    torch.testing.assert_close(decode_latents(latents), tokenizer.decode_latents(latents))
 
 
 def test_a_copy_is_equal_and_independent(tokenizer):

@@ -56,7 +56,7 @@ class DataSettings:
     image_column: str | None = None  # default: the only column of images
     label_column: str | None = None  # default: the only column of classes, where there is one
     flip: bool = True  # mirror half of the training images
-    shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 for the photographs, else 0
+    shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 if data=photographs
     shuffle_buffer: int = 1000  # images held to shuffle a stream
     max_corrupt_fraction: float = 0.01  # share of unreadable images that stops the run
     eval_images: int = 256  # at most so many validation images, the first ones

@@ -215,7 +215,7 @@ class CropMaker:
         cut = picture[:, top : top + self.size, left : left + self.size]
         if self.flip and random.random() < 0.5:
             cut = cut.flip(2)
-        if random.random() < self.shuffle_colors:  # nine photographs hold few colours, and half of these others
+        if random.random() < self.shuffle_colors:  # a few photographs hold few colours
             cut = cut[random.permutation(len(cut))]
         return cut
 

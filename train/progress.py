@@ -89,7 +89,6 @@ class UsageWindow:
             self.figures = {"running_usage": usage(self.counts), "running_perplexity": perplexity(self.counts)}
             self.counts, self.num_tokens = None, 0
 
-
     def state_dict(self) -> dict[str, object]:
         return {"counts": self.counts, "num_tokens": self.num_tokens, "figures": self.figures}
 

@@ -213,8 +213,7 @@ class CropMaker:
         random = np.random.default_rng((self.seed, *sample))
         top, left = (int(random.integers(side - self.size + 1)) for side in picture.shape[1:])
         cut = picture[:, top : top + self.size, left : left + self.size]
-        if self.flip and random.random() < 0.5:
-            cut = cut.flip(2)
+        cut = cut.flip(2) if self.flip and random.random() < 0.5 else cut
         if random.random() < self.shuffle_colors:  # a few photographs hold few colours
             cut = cut[random.permutation(len(cut))]
         return cut
@@ -320,12 +319,12 @@ def training_batches(
     source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
 ) -> Batches:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
-    shared = {"batch_size": config.batch_size, "collate_fn": collate, "generator": torch.Generator()}
-    shared |= {"pin_memory": accelerator.device.type == "cuda", "worker_init_fn": outlive_signals}
+    shared = {"batch_size": config.batch_size, "collate_fn": collate, "worker_init_fn": outlive_signals}
+    shared |= {"pin_memory": accelerator.device.type == "cuda", "generator": torch.Generator()}
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     if isinstance(source.rows, Dataset):
-        order = EndlessOrder(len(source.rows), config.seed)
-        loader = DataLoader(MappedCrops(source, config), sampler=order, num_workers=config.num_workers, **shared)
+        shared |= {"sampler": EndlessOrder(len(source.rows), config.seed), "num_workers": config.num_workers}
+        loader = DataLoader(MappedCrops(source, config), **shared)
         # Not Accelerator's method of that name, which would keep a reference to every loader of every evaluation.
         dealt = prepare_data_loader(loader, accelerator.device, num_ranks, rank, put_on_device=True)
         return iter(skip_first_batches(dealt, batches_done))
@@ -355,7 +354,9 @@ def evaluation_batches(
         except Exception as error:  # a decoder may raise anything on damaged bytes
             log.warning("validation image skipped: %s: %s", source.name(row), error)
             continue
-        picture = pil_to_tensor(centre(image, MAX_EVAL_SIDE // factor * factor))
+        picture, limit = pil_to_tensor(image), MAX_EVAL_SIDE // factor * factor
+        top, left = (max(0, side - limit) // 2 for side in picture.shape[1:])
+        picture = picture[:, top : top + limit, left : left + limit]
         if batch and (batch[0].shape != picture.shape or len(batch) == config.batch_size):
             yield torch.stack(batch)
             batch = []
@@ -364,25 +365,17 @@ def evaluation_batches(
         yield torch.stack(batch)
 
 
-def centre(image: PILImage.Image, limit: int) -> PILImage.Image:
-    """The centre of a picture, no side longer than `limit` pixels."""
-    width, height = (min(side, limit) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 def check_readable(source: ImageSource, data: str) -> None:
     """Raise UserError where none of the first images can be read."""
-    failures = []
+    failures: list[str] = []
     for row in itertools.islice(source.rows, PROBED_IMAGES):
         try:
             convert(source.image(row), 3)
             return
         except Exception as error:  # a decoder may raise anything on damaged bytes
             failures.append(f"{source.name(row)}: {error}")
-    if not failures:
-        raise UserError(f"data={data} holds no images")
-    raise UserError(f"data={data}: none of the first {len(failures)} images can be read, such as {failures[0]}")
+    example = f", such as {failures[0]}" if failures else ": there is none"
+    raise UserError(f"data={data}: none of the first {len(failures)} images can be read{example}")
 
 
 class CorruptCounter:

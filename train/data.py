@@ -145,8 +145,7 @@ def locate(data: str, subset: str | None) -> dict[str, Any]:
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"data={data} is read as a path, and there is no file or folder of that name")
-    builder = BUILDERS.get(Path(files[0]).suffix.lower(), "imagefolder")
-    return {"path": builder, "data_files": {"train": files}}
+    return {"path": BUILDERS.get(Path(files[0]).suffix.lower(), "imagefolder"), "data_files": {"train": files}}
 
 
 def find_columns(rows: Dataset | IterableDataset, data: str, options: DataSettings) -> ImageSource:

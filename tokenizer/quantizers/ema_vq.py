@@ -93,7 +93,6 @@ class EMAVectorQuantizer(Quantizer):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self.codebook[indices].movedim(-1, 1)
 
-    @torch.compiler.disable
     def gather(self, vectors: Tensor, nearest: Tensor) -> None:
         """Add this batch to the pending statistics."""
         if torch._C._current_graph_task_id() != -1:

@@ -105,3 +105,8 @@ def test_each_preset_is_valid_and_opens_with_command_hardware_minutes_and_score(
 def test_differences_are_found_at_any_depth():
     ours, theirs = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
     assert differences(ours, theirs) == {"b.c": (2, 4), "e": (None, 5)}
+
+
+def test_the_photographs_preset_is_the_default_run():
+    (path,) = (path for path in PRESETS if path.stem == "photographs")
+    assert parse(TokenizerRun, [str(path)]) == TokenizerRun()

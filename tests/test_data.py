@@ -29,7 +29,15 @@ from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, to_batch
 from train.config import DataSettings, RunError, TokenizerRun, UserError
-from train.data import CorruptCounter, MappedCrops, check_readable, evaluation_batches, open_sources, training_batches
+from train.data import (
+    CorruptCounter,
+    MappedCrops,
+    check_readable,
+    evaluation_batches,
+    find_columns,
+    open_sources,
+    training_batches,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine with a single core
@@ -329,9 +337,17 @@ def test_nothing_but_unreadable_images_is_refused(tmp_path, streaming):
         check_readable(open_sources(config)[0], config.data)
 
 
+def test_a_stream_of_the_hub_is_not_decoded_ahead_of_its_unreadable_images(tmp_path):
+    fill(tmp_path, *map(flat, range(3)))
+    (tmp_path / "001.png").write_bytes(b"damaged")
+    rows = datasets.load_dataset(str(tmp_path), split="train", streaming=True).decode(num_threads=2)  # as from the Hub
+    source = find_columns(rows, "org/name", DataSettings())
+    assert [Path(source.name(row)).name for row in source.rows] == ["000.png", "001.png", "002.png"]
+
+
 def test_a_worker_of_a_stream_whose_share_is_unreadable_stops_the_run(tmp_path):
     write_stream(tmp_path, [[b"no", b"picture"]])
-    with pytest.raises(RunError, match="none of the 2 images of a worker can be read, such as an image"):
+    with pytest.raises(RunError, match="none of a worker's 2 images can be read, such as an image"):
         take(settings(tmp_path, streaming=True), 1)
 
 

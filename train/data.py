@@ -168,6 +168,8 @@ def find_columns(rows: Dataset | IterableDataset, data: str, options: DataSettin
 def encoded(rows: Dataset | IterableDataset, image_column: str, label_column: str | None) -> Dataset | IterableDataset:
     """The two columns that are used, images as they lie in the files; any other may be damaged or costly to decode."""
     columns = [image_column] if label_column is None else [image_column, label_column]
+    if isinstance(rows, IterableDataset) and rows.features:
+        rows = rows.decode(False)  # streams of the Hub come with a decoder ahead of ours, which damaged bytes end
     return rows.select_columns(columns).cast_column(image_column, Image(decode=False))
 
 
@@ -183,10 +185,9 @@ def hold_out(source: ImageSource, seed: int) -> tuple[Any, Any]:
 
 
 def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> bool:
-    """Whether a streamed row is among those held out, or among the others; its content decides, or its file's name."""
+    """Whether a streamed row is in that part; its bytes decide, or its file's name, the same wherever the data lies."""
     value = row[column] or {"bytes": None, "path": None}
-    place = "/".join(Path(value["path"] or "").parts[-2:])  # the same wherever the data lies
-    content = value["bytes"] or place.encode()
+    content = value["bytes"] or "/".join(Path(value["path"] or "").parts[-2:]).encode()
     return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
 
 
@@ -283,8 +284,7 @@ class StreamedCrops(torch.utils.data.IterableDataset):
                 yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), corrupt
                 corrupt = []
             if 0 <= number < len(corrupt):
-                example = ": ".join(corrupt[-1])
-                raise RunError(f"none of the {number + 1} images of a worker can be read, such as {example}")
+                raise RunError(f"none of a worker's {number + 1} images can be read, such as {': '.join(corrupt[-1])}")
             empty_epochs = empty_epochs + 1 if number < 0 else 0  # shards are dealt anew in each epoch
             if empty_epochs == MAX_EMPTY_EPOCHS:
                 return

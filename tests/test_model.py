@@ -282,3 +282,11 @@ def test_the_state_survives_a_way_without_pickle(tokenizer):
     other.load_state_dict(load(save(tokenizer.state_dict())))
     assert torch.equal(other.encode(images_of(1)), tokenizer.encode(images_of(1)))
     assert other.fingerprint == tokenizer.fingerprint
+
+
+def test_encode_leaves_each_part_in_the_mode_that_it_was_in(tokenizer):
+    tokenizer.train()
+    tokenizer.autoencoder.encoder.eval()  # frozen, as for a decoder's fine-tuning
+    before = [module.training for module in tokenizer.modules()]
+    tokenizer.encode(images_of(1))
+    assert [module.training for module in tokenizer.modules()] == before

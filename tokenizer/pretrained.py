@@ -175,12 +175,13 @@ class PretrainedModel(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode inside the block: no dropout, and nothing that training gathers is touched."""
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}  # some may be frozen in eval mode on purpose
         self.eval()
         try:
             yield
         finally:
-            self.train(was_training)
+            for module, training in modes.items():
+                module.training = training
 
     @property
     def fingerprint(self) -> str:

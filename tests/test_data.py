@@ -28,16 +28,10 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, to_batch
-from train.config import DataSettings, RunError, TokenizerRun, UserError
-from train.data import (
-    CorruptCounter,
-    MappedCrops,
-    check_readable,
-    evaluation_batches,
-    find_columns,
-    open_sources,
-    training_batches,
-)
+from train.config import RunError, UserError
+from train.data import MappedCrops, evaluation_batches, training_batches
+from train.settings import DataSettings, TokenizerRun
+from train.sources import CorruptCounter, check_readable, find_columns, open_sources
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine with a single core

@@ -10,7 +10,8 @@ import torch
 from conftest import picture
 
 from tokenizer import ImageTokenizer, TokenizerConfig
-from train.config import TokenizerRun, parse
+from train.config import parse
+from train.settings import TokenizerRun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import TokenizerRun, UserError, differences, help_text, parse, settings_of, to_yaml
+from train.config import UserError, differences, help_text, parse, settings_of, to_yaml
+from train.settings import TokenizerRun
 
 PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*.yaml"))
 

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from tokenizer import ImageTokenizer
 from train.checkpoint import RunFolder
-from train.config import RunError, TokenizerRun, launch, parse
-from train.vqvae import learning_rate, main, warn_of_collapse
+from train.config import RunError, launch, parse
+from train.optimization import learning_rate
+from train.settings import TokenizerRun
+from train.vqvae import main, warn_of_collapse
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = str(ROOT / "train" / "vqvae.py")
@@ -285,8 +287,8 @@ def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, 
     whole = train_here(folder, tmp_path / "whole", *settings)
     save = RunFolder.save
 
-    def save_and_end(self, accelerator, step, corrupt):
-        save(self, accelerator, step, corrupt)
+    def save_and_end(self, accelerator, step, kept):
+        save(self, accelerator, step, kept)
         if step == 5:
             raise InterruptedError
 
@@ -364,7 +366,7 @@ def test_a_run_is_published_and_a_failed_upload_loses_nothing(picture_folder, tm
         hub.fail_commits[:] = [403]
         failed = run(arguments, **connection, HF_TOKEN="secret")
         assert failed.returncode == 1
-        assert "the model is safe in" in failed.stderr.splitlines()[-1]
+        assert "all is safe in" in failed.stderr.splitlines()[-1]
         fingerprint = ImageTokenizer.from_pretrained(output).fingerprint
 
         published = run(arguments, **connection, HF_TOKEN="secret")

@@ -1,7 +1,8 @@
-"""The run folder: who may use it, and checkpoints that a kill at any moment cannot spoil.
+"""The folder that a program makes: who may use it, and checkpoints that a kill at any moment cannot spoil.
 
 run.yaml            every setting
 checkpoints/step_N  what Accelerate saves (weights, optimizer, scaler, RNG, averaged weights), state_RANK.json
+checkpoints/best.safetensors   the weights of the best evaluation, where a program keeps them
 config.json, model.safetensors, README.md   the finished model
 """
 
@@ -10,7 +11,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from accelerate import Accelerator
@@ -19,27 +20,26 @@ from safetensors import SafetensorError
 from tokenizer.pretrained import CARD_NAME, written_whole
 
 from .config import RunError, UserError, differences, to_yaml
+from .settings import PublishedOutput, TrainingRun
 
 SETTINGS_NAME = "run.yaml"
-# Settings that leave the trained weights as they are; a run may go on with other values of these.
-FREE_SETTINGS = ("output_dir", "save_every", "keep_checkpoints", "log_with", "push_to_hub", "card")
 
 
-def settings_that_matter(config: Any) -> dict[str, Any]:
-    """The nested settings that decide the result. Workers decide it where they share out a stream."""
-    free = FREE_SETTINGS if config.streaming else (*FREE_SETTINGS, "num_workers")
-    return {key: value for key, value in asdict(config).items() if key not in free}
+def settings_that_matter(config: PublishedOutput) -> dict[str, Any]:
+    """The nested settings that decide the result."""
+    return {key: value for key, value in asdict(config).items() if key not in config.free_settings}
 
 
-class RunFolder:
-    """One run on disk; `check` before anything is built, `claim` once everything else is known to be right."""
+class OutputFolder:
+    """What one program makes; `check` before anything is built, `claim` once everything else is known to be right."""
 
-    def __init__(self, config: Any):
+    last_file: ClassVar[str]  # its presence says that the program has come to its end
+
+    def __init__(self, config: PublishedOutput):
         self.config, self.path = config, Path(config.output_dir)
-        self.checkpoints = self.path / "checkpoints"
 
     def check(self) -> None:
-        """Raise UserError where the folder holds another run, or things that are no run."""
+        """Raise UserError where the folder holds something made with other settings, or things that are not ours."""
         settings = self.path / SETTINGS_NAME
         if not settings.is_file():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -55,19 +55,35 @@ class RunFolder:
             )
 
     def claim(self, accelerator: Accelerator) -> None:
-        """Make the folder this run's own and sweep out what a killed save has left."""
+        """Make the folder this run's own."""
         if accelerator.is_main_process:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self.checkpoints.glob(".*"):
-                shutil.rmtree(leftover)
+            self.path.mkdir(parents=True, exist_ok=True)
             with written_whole(self.path / SETTINGS_NAME) as part:
                 part.write_text(to_yaml(self.config))
         accelerator.wait_for_everyone()
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end: the model card is the last file that it writes."""
-        return (self.path / CARD_NAME).is_file()
+        """Whether the program has come to its end."""
+        return (self.path / self.last_file).is_file()
+
+
+class RunFolder(OutputFolder):
+    """One training run on disk, with its checkpoints."""
+
+    last_file = CARD_NAME
+
+    def __init__(self, config: TrainingRun):
+        super().__init__(config)
+        self.checkpoints = self.path / "checkpoints"
+
+    def claim(self, accelerator: Accelerator) -> None:
+        """Make the folder this run's own and sweep out what a killed save has left."""
+        if accelerator.is_main_process:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoints.glob(".*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        super().claim(accelerator)
 
     def sample(self, step: int) -> Path:
         """Where the sample pictures of a step are drawn."""
@@ -77,12 +93,15 @@ class RunFolder:
         """The steps of the complete checkpoints, in order."""
         return sorted(int(path.name.removeprefix("step_")) for path in self.checkpoints.glob("step_*"))
 
-    def save(self, accelerator: Accelerator, step: int, corrupt: set[str]) -> None:
-        """Write a checkpoint aside, rename it when it is whole on every rank, and delete those that are too old."""
+    def save(self, accelerator: Accelerator, step: int, kept: dict[str, Any]) -> None:
+        """Write a checkpoint aside, rename it when it is whole on every rank, and delete those that are too old.
+
+        `kept` is what this rank must know besides to go on, as JSON.
+        """
         part, whole = self.checkpoints / f".step_{step}", self.checkpoints / f"step_{step}"
         try:
             accelerator.save_state(str(part))
-            state = {"step": step, "num_ranks": accelerator.num_processes, "corrupt": sorted(corrupt)}
+            state = {"step": step, "kept": kept}
             (part / rank_file(accelerator)).write_text(json.dumps(state))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
@@ -93,18 +112,18 @@ class RunFolder:
                     os.replace(self.checkpoints / f"step_{old}", discarded)
                     shutil.rmtree(discarded)
         except (OSError, RuntimeError, SafetensorError) as error:
-            kept = f"step_{self.saved_steps()[-1]} is the last good one" if self.saved_steps() else "there is none yet"
+            good = f"step_{self.saved_steps()[-1]} is the last good one" if self.saved_steps() else "there is none yet"
             raise RunError(
-                f"the checkpoint of step {step} could not be written ({' '.join(str(error).split())[:200]}); {kept}; "
+                f"the checkpoint of step {step} could not be written ({' '.join(str(error).split())[:200]}); {good}; "
                 f"make room in {self.checkpoints} and give the same command again"
             ) from error
         accelerator.wait_for_everyone()
 
-    def load(self, accelerator: Accelerator) -> tuple[int, set[str]]:
-        """Restore the newest checkpoint: the number of steps done and the corrupt images met; (0, none) without one."""
+    def load(self, accelerator: Accelerator) -> tuple[int, dict[str, Any]]:
+        """Restore the newest checkpoint: the number of steps done and what was kept besides; (0, {}) without one."""
         steps = self.saved_steps()
         if not steps:
-            return 0, set()
+            return 0, {}
         newest = self.checkpoints / f"step_{steps[-1]}"
         saved_by = len(list(newest.glob("state_*.json")))
         if saved_by != accelerator.num_processes:
@@ -114,7 +133,12 @@ class RunFolder:
             )
         accelerator.load_state(str(newest))
         state = json.loads((newest / rank_file(accelerator)).read_text())
-        return state["step"], set(state["corrupt"])
+        return state["step"], state["kept"]
+
+    @property
+    def best(self) -> Path:
+        """Where the weights of the best evaluation are kept."""
+        return self.checkpoints / "best.safetensors"
 
 
 def rank_file(accelerator: Accelerator) -> str:

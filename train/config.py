@@ -1,4 +1,4 @@
-"""Settings of the training programs, and how they travel.
+"""How settings travel, and how a program ends.
 
 defaults of a dataclass < preset YAML < key=value on the command line -> one typed, checked object -> run.yaml.
 """
@@ -8,15 +8,15 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenizer import QUANTIZERS, TokenizerConfig
+from tokenizer import QUANTIZERS
 from tokenizer.autoencoder import AUTOENCODERS
 from tokenizer.pretrained import unknown_key
 
@@ -33,112 +33,6 @@ class RunError(UserError):
     """What stops a job that was running: one line with what happened and how to go on."""
 
     exit_code = 1
-
-
-@dataclass
-class OptimizerSettings:
-    beta1: float = 0.9  # AdamW's memory of gradients
-    beta2: float = 0.99  # and of their squares
-    weight_decay: float = 0.0  # decoupled, times the learning rate
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    accumulation_steps: int = 1  # batches whose gradients make one step
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
-
-
-@dataclass
-class AverageSettings:
-    decay: float = 0.0  # per step, of averaged weights and codebook statistics, which are then what is kept; 0: none
-
-
-@dataclass
-class DataSettings:
-    subset: str | None = None  # of a Hub dataset that has several ("configs" there)
-    image_column: str | None = None  # default: the only column of images
-    label_column: str | None = None  # default: the only column of classes, where there is one
-    flip: bool = True  # mirror half of the training images
-    shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 if data=photographs
-    shuffle_buffer: int = 1000  # images held to shuffle a stream
-    max_corrupt_fraction: float = 0.01  # share of unreadable images that stops the run
-    eval_images: int = 256  # at most so many validation images, the first ones
-
-
-@dataclass
-class LossSettings:
-    reconstruction: Literal["l1", "l2"] = "l2"  # on the [0, 1] scale, mean over pixels and channels
-    reconstruction_weight: float = 10.0  # against the losses of the quantizer
-
-
-@dataclass
-class SpeedSettings:
-    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
-    threads: int | None = None  # of each rank on CPU; default: the cores shared among the ranks of the machine
-
-
-@dataclass
-class CardSettings:
-    license: str | None = None  # of the trained weights; required to publish
-    data: str | None = None  # what the data is; default: the setting `data`
-    data_license: str | None = None  # required to publish
-
-
-@dataclass
-class TokenizerRun:
-    """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
-
-    data: str = "photographs"  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
-    split: str = "train"  # split to train on
-    eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
-    streaming: bool = False  # read the data as it comes, never the whole of it on disk
-    image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
-    output_dir: str = "runs/vqvae"  # the run's folder
-    steps: int = 700  # optimizer steps
-    batch_size: int = 16  # images per rank and optimizer step, or per batch that is accumulated
-    learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
-    warmup_steps: int | None = None  # optimizer steps; default steps // 20
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the networks; quantizer and losses stay in float32
-    seed: int = 0  # of weights, order, crops and codes
-    num_workers: int = 2  # processes per rank that decode images
-    eval_every: int | None = None  # steps; default steps // 10
-    save_every: int | None = None  # steps between checkpoints; default steps // 10
-    keep_checkpoints: int = 2  # older ones are deleted
-    log_with: Literal["tensorboard", "wandb"] | None = None  # beside metrics.jsonl
-    push_to_hub: str | None = None  # repo id to publish to, or null
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    average: AverageSettings = field(default_factory=AverageSettings)
-    data_options: DataSettings = field(default_factory=DataSettings)
-    loss: LossSettings = field(default_factory=LossSettings)
-    speed: SpeedSettings = field(default_factory=SpeedSettings)
-    card: CardSettings = field(default_factory=CardSettings)
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "batch_size", "eval_every", "save_every", "keep_checkpoints"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be >= 1")
-        require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
-        require(0 <= self.average.decay < 1, f"average.decay={self.average.decay}", "lie in [0, 1)")
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}", "be above 0")
-        require(
-            self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
-            f"warmup_steps={self.warmup_steps}",
-            f"lie in 0..steps={self.steps}",
-        )
-        if self.warmup_steps is None:
-            self.warmup_steps = self.steps // 20
-        if self.data_options.shuffle_colors is None:
-            self.data_options.shuffle_colors = 0.5 if self.data == "photographs" else 0.0
-        share = self.data_options.shuffle_colors
-        require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
-        self.eval_every = self.eval_every or max(1, self.steps // 10)
-        self.save_every = self.save_every or max(1, self.steps // 10)
-        if self.push_to_hub:
-            missing = [f"card.{name}=..." for name in ("license", "data_license") if not getattr(self.card, name)]
-            require(not missing, f"push_to_hub={self.push_to_hub}", f"come with {' and '.join(missing)}")
-
-
-def require(condition: bool, given: str, rule: str) -> None:
-    """Raise the ValueError that a setting breaks a rule."""
-    if not condition:
-        raise ValueError(f"{given} must {rule}")
 
 
 def launch(main: Callable[[Any], None], config_class: type) -> None:
@@ -206,7 +100,8 @@ def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
 
 def drop_replaced_choices(merged: DictConfig, layer: dict[str, Any]) -> None:
     """Where a layer names another class of a table, drop the hyperparameters of the one that it replaces."""
-    for part, chosen in layer.get("model", {}).items():
+    for part in TABLES:
+        chosen = (layer.get("model") or {}).get(part)
         if isinstance(chosen, dict) and chosen.get("name", merged.model[part].name) != merged.model[part].name:
             merged.model[part] = {"name": chosen["name"]}
 
@@ -224,7 +119,9 @@ def help_text(config_class: type) -> str:
 
 def settings_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, comment) of every setting, groups and choices of a table opened up."""
-    comments, defaults, hints = comments_in(config_class), config_class(), get_type_hints(config_class)
+    documented = [comments_in(each) for each in reversed(config_class.__mro__[:-1])]
+    comments = {name: comment for each in documented for name, comment in each.items()}
+    defaults, hints = config_class(), get_type_hints(config_class)
     for part in fields(config_class):
         default = getattr(defaults, part.name)
         if is_dataclass(hints[part.name]):

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H W sides.
 
 from torch import Tensor
 
-from .config import LossSettings
+from .settings import LossSettings
 
 
 def reconstruction_losses(reconstructions: Tensor, images: Tensor, settings: LossSettings) -> dict[str, Tensor]:

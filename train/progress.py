@@ -48,15 +48,12 @@ class Progress:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
 
-    def show(self, step: int, values: dict[str, float], images_per_second: float, evaluated: dict[str, float]) -> None:
-        """Advance to a step: loss, PSNR, usage and speed beside the bar, or in a line where there is no terminal.
+    def due(self, step: int) -> bool:
+        """Whether a step is one of those that are told."""
+        return step == 1 or step % max(1, min(50, self.steps // 100)) == 0
 
-        PSNR and usage are those of the last evaluation, before the first one those of the training batches.
-        """
-        shown = {"loss": f"{values['loss']:.4f}", "PSNR": f"{evaluated.get('psnr', values['train_psnr']):.2f} dB"}
-        codes_used = evaluated.get("usage", values.get("running_usage"))
-        figures = shown | {"usage": "..." if codes_used is None else f"{codes_used:.0%}"}
-        figures["images/s"] = f"{images_per_second:.0f}"
+    def show(self, step: int, figures: dict[str, str]) -> None:
+        """Advance to a step: its figures beside the bar, or in a line where there is no terminal."""
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.accelerator.is_main_process and not self.on_terminal:
@@ -117,23 +114,23 @@ class StopRequest:
         self.received = number
 
 
-def save_samples(path: Path, originals: list[Tensor], reconstructions: list[Tensor]) -> None:
-    """A PNG of (C, H, W) pictures in [0, 1], originals above their reconstructions, as many as fit the width."""
+def save_sheet(path: Path, rows: list[list[Tensor]]) -> None:
+    """A PNG of rows of (C, H, W) pictures in [0, 1], one size to a column, as many columns as fit the width."""
     columns = []
-    for pair in zip(originals, reconstructions, strict=True):
-        pictures = [tensor_to_pil(picture).convert("RGB") for picture in pair]
+    for column in zip(*rows, strict=True):
+        pictures = [tensor_to_pil(picture).convert("RGB") for picture in column]
         scale = max(1, -(-SMALLEST_SHOWN // min(pictures[0].size)))
         size = [side * scale for side in pictures[0].size]
         columns.append([picture.resize(size, Image.Resampling.NEAREST) for picture in pictures])
     while len(columns) > 1 and sum(column[0].width for column in columns) > PICTURE_WIDTH:
         columns.pop()
     height = max(column[0].height for column in columns)
-    sheet = Image.new("RGB", (sum(column[0].width for column in columns), 2 * height), "white")
+    sheet = Image.new("RGB", (sum(column[0].width for column in columns), len(rows) * height), "white")
     left = 0
-    for original, reconstruction in columns:
-        sheet.paste(original, (left, 0))
-        sheet.paste(reconstruction, (left, height))
-        left += original.width
+    for column in columns:
+        for number, picture in enumerate(column):
+            sheet.paste(picture, (left, number * height))
+        left += column[0].width
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         sheet.save(part, format="PNG")

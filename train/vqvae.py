@@ -3,34 +3,30 @@
 import itertools
 import json
 import logging
-import math
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub import HfApi
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
 from train.checkpoint import RunFolder
-from train.config import RunError, TokenizerRun, UserError, launch, to_yaml
-from train.data import CorruptCounter, ImageSource, check_readable, evaluation_batches, open_sources, training_batches
+from train.config import RunError, UserError, launch, to_yaml
+from train.data import evaluation_batches, training_batches
 from train.losses import reconstruction_losses
-from train.progress import METRICS_NAME, TOKENS_PER_CODE, Progress, StopRequest, UsageWindow, read_lines, save_samples
+from train.optimization import Optimization, make_accelerator
+from train.progress import METRICS_NAME, TOKENS_PER_CODE, Progress, UsageWindow, read_lines, save_sheet
+from train.publishing import publish, reserve_repository
+from train.settings import TokenizerRun
+from train.sources import CorruptCounter, ImageSource, check_readable, open_sources
 
 log = logging.getLogger("train.vqvae")
 
 COLLAPSE = 0.5  # a usage below this, past a quarter of the run, is warned of
-MAX_SKIPPED_STEPS = 50  # in a row
 NUM_SAMPLES = 8  # validation pictures drawn into samples/, as many as fit the sheet
 
 
@@ -50,7 +46,8 @@ def main(config: TokenizerRun) -> None:
         if not train(config, folder, accelerator, source, eval_rows):
             return
     if config.push_to_hub and accelerator.is_main_process:
-        publish(config, folder)
+        tokenizer, card = ImageTokenizer.from_pretrained(folder.path), model_card(config, folder)
+        publish(lambda repo_id: tokenizer.push_to_hub(repo_id, card), folder)
     accelerator.end_training()
 
 
@@ -60,91 +57,62 @@ def train(
     """Train to the end, or to a signal; whether the end was reached."""
     set_seed(config.seed)
     tokenizer = ImageTokenizer(config.model).to(accelerator.device)
-    measured, average = tokenizer, None
-    if config.average.decay:
-        average = AveragedModel(tokenizer, multi_avg_fn=averaging(config.average.decay), use_buffers=True)
-        measured = average.module
-        accelerator.register_for_checkpointing(average)
-    if config.speed.compile:
-        tokenizer.compile()
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        tokenizer.parameters(), betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
-    )
-    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    optimization = Optimization(tokenizer, config, accelerator, folder)
     window = UsageWindow(tokenizer.vocab_size)
     accelerator.register_for_checkpointing(window)
 
     folder.claim(accelerator)
-    steps_done, known_corrupt = folder.load(accelerator)
+    steps_done, kept = folder.load(accelerator)
+    known_corrupt = set(kept.get("corrupt", ()))
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
-    batches = training_batches(source, config, accelerator, steps_done * options.accumulation_steps, known_corrupt)
+    num_batches = config.optimizer.accumulation_steps  # of a step
+    batches = training_batches(source, config, accelerator, steps_done * num_batches, known_corrupt)
     unreadable = CorruptCounter(config, source, known_corrupt)
     progress = Progress(folder.path, accelerator, steps_done, config.steps)
-    log_every = max(1, min(50, config.steps // 100))
-    num_images, skipped, clock = 0, 0, time.perf_counter()
-    stop, metrics = StopRequest(), {}
+    num_images, clock, metrics = 0, time.perf_counter(), {}
 
-    with stop.listening(), logging_redirect_tqdm():
+    with optimization.stop.listening(), logging_redirect_tqdm():
         for step in range(steps_done + 1, config.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            for images, corrupt in itertools.islice(batches, options.accumulation_steps):
+            optimization.begin(step)
+            for images, corrupt in itertools.islice(batches, num_batches):
                 unreadable.add(len(images), corrupt)
                 images = images.float() / 255
-                with accelerator.accumulate(model):
-                    output = model(images)
+                with accelerator.accumulate(optimization.model):
+                    output = optimization.model(images)
                     losses = reconstruction_losses(output.reconstructions, images, config.loss) | output.losses
                     accelerator.backward(sum(losses.values()))
                 window.add(output.tokens)
                 num_images += len(images) * accelerator.num_processes
-            gradient_norm = accelerator.clip_grad_norm_(tokenizer.parameters(), options.max_grad_norm)
-
-            guilty = nonfinite_terms(losses, gradient_norm, accelerator)
-            flags = torch.tensor([float(stop.received is not None), float(bool(guilty))], device=accelerator.device)
-            stopping, broken = accelerator.reduce(flags, "sum").bool().tolist()  # every rank decides the same
-            if broken and options.on_nonfinite == "stop":
-                raise RunError(nonfinite_message(step, guilty, folder))
-            if not broken or accelerator.scaler is not None:  # the scaler must see an overflow to lower its scale
-                optimizer.step()
-            if broken or accelerator.optimizer_step_was_skipped:
-                tokenizer.quantizer.discard()
-                skipped += 1
-                log.warning("step %d skipped: %s not finite", step, ", ".join(guilty) or "a value on another rank")
-                if skipped > MAX_SKIPPED_STEPS:
-                    raise RunError(nonfinite_message(step, guilty, folder))
-            else:
+            taken = optimization.take(step, losses)
+            if taken:
                 codes_jumped = tokenizer.quantizer.step(step / config.steps)
-                if average:
-                    if codes_jumped:
-                        average.n_averaged.zero_()
-                    average.update_parameters(tokenizer)
-                skipped = 0
-            optimizer.zero_grad()
+                optimization.update_average(restart=codes_jumped)
+            else:
+                tokenizer.quantizer.discard()
 
-            if (step % log_every == 0 or step == 1) and not broken:
+            if progress.due(step) and taken:
                 values = {name: value.item() for name, value in losses.items()}
                 train_psnr = psnr(output.reconstructions.detach().clamp(0, 1).cpu(), images.cpu()).mean().item()
                 speed = num_images / (time.perf_counter() - clock)
                 num_images, clock = 0, time.perf_counter()
                 values |= {"loss": sum(values.values()), "train_psnr": train_psnr} | window.figures
-                values |= {"gradient_norm": gradient_norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+                values |= optimization.figures
                 progress.record(step, values | {"images_per_second": speed, "corrupt_images": len(unreadable.names)})
-                progress.show(step, values, speed, metrics)
+                progress.show(step, shown(values | metrics, speed))
             if step % config.eval_every == 0 or step == config.steps:
-                metrics = evaluate(measured, config, accelerator, source, eval_rows)
+                metrics = evaluate(optimization.measured, config, accelerator, source, eval_rows)
                 progress.record(step, metrics)
                 warn_of_collapse(step, metrics, config)
                 if accelerator.is_main_process:
-                    draw_samples(measured, config, folder, source, eval_rows, step)
+                    draw_samples(optimization.measured, config, folder, source, eval_rows, step)
                 num_images, clock = 0, time.perf_counter()
-            if step % config.save_every == 0 or step == config.steps or stopping:
-                folder.save(accelerator, step, unreadable.names)
-            if stopping and step < config.steps:
+            if step % config.save_every == 0 or step == config.steps or optimization.stopping:
+                folder.save(accelerator, step, {"corrupt": sorted(unreadable.names)})
+            if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
                 return False
     if accelerator.is_main_process:
-        measured.save_pretrained(folder.path, model_card(config, folder))
+        optimization.measured.save_pretrained(folder.path, model_card(config, folder))
     accelerator.wait_for_everyone()
     return True
 
@@ -164,62 +132,15 @@ def check_model(config: TokenizerRun) -> None:
         )
 
 
-def make_accelerator(config: TokenizerRun) -> Accelerator:
-    """Accelerate's view of the machine; UserError for what this machine or installation cannot do."""
-    if config.log_with and find_spec(config.log_with) is None:
-        raise UserError(f"log_with={config.log_with} is not installed; `pip install {config.log_with}`")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.optimizer.accumulation_steps,
-            log_with=config.log_with,
-            project_dir=config.output_dir,
-        )
-    except ValueError as error:
-        raise UserError(f"mixed_precision={config.mixed_precision}: {error}") from None
-    if accelerator.device.type == "cpu":  # accelerate launch and torchrun leave one thread to a process
-        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(config.speed.threads or max(1, num_cores // num_local_ranks))
-    return accelerator
-
-
-def averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """The update of averaged weights and codebook statistics; the decay rises to its value as the run grows longer."""
-
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(num_averaged)) / (10 + int(num_averaged))))
-        else:
-            torch._foreach_copy_(averaged, current)
-
-    return update
-
-
-def learning_rate(config: TokenizerRun, step: int) -> float:
-    """Of step 1 .. steps: a linear warm-up, then a cosine down to nearly zero."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def nonfinite_terms(losses: dict[str, Tensor], gradient_norm: Tensor, accelerator: Accelerator) -> list[str]:
-    """The names of the losses that are NaN or infinite on this rank, else the gradient where it alone is."""
-    finite = torch.stack([*losses.values(), gradient_norm]).isfinite().tolist()
-    guilty = [name for name, good in zip(losses, finite, strict=False) if not good]
-    gradient_alone = not guilty and not finite[-1] and accelerator.scaler is None  # a scaler deals with its overflows
-    return ["gradient"] if gradient_alone else guilty
-
-
-def nonfinite_message(step: int, guilty: list[str], folder: RunFolder) -> str:
-    """What to tell when a run cannot go on."""
-    saved = folder.saved_steps()
-    kept = f"the checkpoint of step {saved[-1]} is good" if saved else "there is no checkpoint yet"
-    return (
-        f"step {step}: {', '.join(guilty) or 'a value on another rank'} not finite; {kept}; lower learning_rate or "
-        f"optimizer.max_grad_norm (in another output_dir), or pass over such steps with optimizer.on_nonfinite=skip"
-    )
+def shown(values: dict[str, float], images_per_second: float) -> dict[str, str]:
+    """What stands beside the bar; PSNR and usage of the last evaluation, before the first of the training batches."""
+    codes_used = values.get("usage", values.get("running_usage"))
+    return {
+        "loss": f"{values['loss']:.4f}",
+        "PSNR": f"{values.get('psnr', values['train_psnr']):.2f} dB",
+        "usage": "..." if codes_used is None else f"{codes_used:.0%}",
+        "images/s": f"{images_per_second:.0f}",
+    }
 
 
 @torch.no_grad()
@@ -271,7 +192,7 @@ def draw_samples(
     for images in evaluation_batches(source, rows[:NUM_SAMPLES], config, tokenizer.downsample_factor):
         originals += [*(images.float() / 255)]
         reconstructions += [*tokenizer.decode(tokenizer.encode(images))]
-    save_samples(folder.sample(step), originals, reconstructions)
+    save_sheet(folder.sample(step), [originals, reconstructions])
 
 
 def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
@@ -292,28 +213,6 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
         settings=to_yaml(config),
         sample=folder.sample(step),
     )
-
-
-def reserve_repository(repo_id: str) -> None:
-    """Create the repository before the hours of training; UserError where that is not allowed or not possible."""
-    try:
-        HfApi().create_repo(repo_id, exist_ok=True)
-    except Exception as error:  # the client raises a different type for every way in which this can fail
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"push_to_hub={repo_id} cannot be created ({reason}); log in with `hf auth login`") from error
-
-
-def publish(config: TokenizerRun, folder: RunFolder) -> None:
-    """Upload the finished run; RunError, and nothing lost, where the Hub refuses."""
-    try:
-        tokenizer = ImageTokenizer.from_pretrained(folder.path)
-        address = tokenizer.push_to_hub(config.push_to_hub, model_card(config, folder))
-    except Exception as error:  # the client raises a different type for every way in which an upload can fail
-        raise RunError(
-            f"push_to_hub={config.push_to_hub}: {' '.join(str(error).split())[:300]}; "
-            f"the model is safe in {folder.path}, the same command tries again"
-        ) from error
-    log.info("published: %s", address)
 
 
 if __name__ == "__main__":

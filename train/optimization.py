@@ -1,0 +1,160 @@
+"""What every training program does around its forward pass: the machine, the schedule, guarded steps, averaged weights.
+
+A program calls, for each step, `begin`, its own forward and backward passes, and `take`.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .checkpoint import RunFolder
+from .config import RunError, UserError
+from .progress import StopRequest
+from .settings import SpeedSettings, TrainingRun
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 50  # in a row
+
+
+def make_accelerator(config: TrainingRun) -> Accelerator:
+    """Accelerate's view of the machine; UserError for what this machine or installation cannot do."""
+    if config.log_with and find_spec(config.log_with) is None:
+        raise UserError(f"log_with={config.log_with} is not installed; `pip install {config.log_with}`")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.optimizer.accumulation_steps,
+            log_with=config.log_with,
+            project_dir=config.output_dir,
+        )
+    except ValueError as error:
+        raise UserError(f"mixed_precision={config.mixed_precision}: {error}") from None
+    share_threads(accelerator, config.speed)
+    return accelerator
+
+
+def share_threads(accelerator: Accelerator, speed: SpeedSettings) -> None:
+    """On CPU, share the cores out among the ranks; accelerate launch and torchrun leave one thread to each."""
+    if accelerator.device.type == "cpu":
+        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(speed.threads or max(1, num_cores // num_local_ranks))
+
+
+class Optimization:
+    """The optimizer of one network, and all that guards, schedules and averages its steps.
+
+    `model` is what a program calls in training, `network` the same without Accelerate's wrapping, `measured` the one to
+    evaluate and to keep: the averaged weights where there are some.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainingRun, accelerator: Accelerator, folder: RunFolder):
+        self.network, self.config, self.accelerator, self.folder = network, config, accelerator, folder
+        self.average, self.measured = None, network
+        if config.average.decay:
+            self.average = AveragedModel(network, multi_avg_fn=averaging(config.average.decay), use_buffers=True)
+            self.measured = self.average.module
+            accelerator.register_for_checkpointing(self.average)
+        if config.speed.compile:
+            network.compile()
+        options = config.optimizer
+        decayed = [weight for weight in network.parameters() if weight.ndim > 1]
+        others = [weight for weight in network.parameters() if weight.ndim < 2]  # biases and norms
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2))
+        self.model, self.optimizer = accelerator.prepare(network, optimizer)
+        self.stop = StopRequest()
+        self.stopping = False  # a rank has been asked to end
+        self.gradient_norm = torch.zeros(())  # of the last step, before clipping
+        self.num_skipped = 0  # steps in a row
+
+    def begin(self, step: int) -> None:
+        """Set the learning rate of a step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+
+    def take(self, step: int, losses: dict[str, Tensor]) -> bool:
+        """Clip, check and apply the gradients that `losses` left behind; whether the step was really taken.
+
+        RunError where a loss or gradient is not finite and the settings do not say to skip such steps.
+        """
+        accelerator, options = self.accelerator, self.config.optimizer
+        self.gradient_norm = accelerator.clip_grad_norm_(self.network.parameters(), options.max_grad_norm)
+        guilty = self.nonfinite_terms(losses)
+        flags = [float(self.stop.received is not None), float(bool(guilty))]
+        flags = accelerator.reduce(torch.tensor(flags, device=accelerator.device), "sum")
+        self.stopping, broken = flags.bool().tolist()  # every rank decides the same
+        if broken and options.on_nonfinite == "stop":
+            raise RunError(self.nonfinite_message(step, guilty))
+        if not broken or accelerator.scaler is not None:  # the scaler must see an overflow to lower its scale
+            self.optimizer.step()
+        taken = not (broken or accelerator.optimizer_step_was_skipped)
+        self.optimizer.zero_grad()
+        self.num_skipped = 0 if taken else self.num_skipped + 1
+        if not taken:
+            log.warning("step %d skipped: %s not finite", step, ", ".join(guilty) or "a value on another rank")
+            if self.num_skipped > MAX_SKIPPED_STEPS:
+                raise RunError(self.nonfinite_message(step, guilty))
+        return taken
+
+    def update_average(self, restart: bool = False) -> None:
+        """Let the averaged weights, if there are some, take in those of a step, or start anew from them."""
+        if self.average:
+            if restart:
+                self.average.n_averaged.zero_()
+            self.average.update_parameters(self.network)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the log says of the last step beside its losses."""
+        return {
+            "gradient_norm": self.gradient_norm.item(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def nonfinite_terms(self, losses: dict[str, Tensor]) -> list[str]:
+        """The names of the losses that are NaN or infinite on this rank, else the gradient where it alone is."""
+        finite = torch.stack([*losses.values(), self.gradient_norm]).isfinite().tolist()
+        guilty = [name for name, good in zip(losses, finite, strict=False) if not good]
+        scaled = self.accelerator.scaler is not None  # a scaler deals with its overflows
+        return ["gradient"] if not guilty and not finite[-1] and not scaled else guilty
+
+    def nonfinite_message(self, step: int, guilty: list[str]) -> str:
+        """What to tell when a run cannot go on."""
+        saved = self.folder.saved_steps()
+        kept = f"the checkpoint of step {saved[-1]} is good" if saved else "there is no checkpoint yet"
+        return (
+            f"step {step}: {', '.join(guilty) or 'a value on another rank'} not finite; {kept}; lower learning_rate or "
+            f"optimizer.max_grad_norm (in another output_dir), or pass over such steps with optimizer.on_nonfinite=skip"
+        )
+
+
+def averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """The update of averaged weights and codebook statistics; the decay rises to its value as the run grows longer."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(num_averaged)) / (10 + int(num_averaged))))
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
+
+
+def learning_rate(config: TrainingRun, step: int) -> float:
+    """Of step 1 .. steps: a linear warm-up, then a cosine down to nearly zero."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

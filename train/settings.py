@@ -1,0 +1,222 @@
+"""Every setting of the training programs with its default; `--help` prints these comments.
+
+Settings that everyone uses are flat, the rest stand in groups. A default that follows another setting is None here and
+filled in by `__post_init__`, which raises ValueError for values that cannot be.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from tokenizer import TokenizerConfig
+
+PHOTOGRAPHS = "photographs"  # the embedded ones, see train/data.py
+
+
+@dataclass
+class OptimizerSettings:
+    beta1: float = 0.9  # AdamW's memory of gradients
+    beta2: float = 0.99  # and of their squares
+    weight_decay: float = 0.0  # of matrices and kernels, decoupled, times the learning rate
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    accumulation_steps: int = 1  # batches whose gradients make one step
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
+
+
+@dataclass
+class AverageSettings:
+    decay: float = 0.0  # per step, of averaged weights and codebook statistics, which are then what is kept; 0: none
+
+
+@dataclass
+class SourceSettings:
+    subset: str | None = None  # of a Hub dataset that has several ("configs" there)
+    image_column: str | None = None  # default: the only column of images
+    label_column: str | None = None  # default: the only column of classes, where there is one
+    max_corrupt_fraction: float = 0.01  # share of unreadable images that stops the run
+
+
+@dataclass
+class DataSettings(SourceSettings):
+    flip: bool = True  # mirror half of the training images
+    shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 if data=photographs
+    shuffle_buffer: int = 1000  # images held to shuffle a stream
+    eval_images: int = 256  # at most so many validation images, the first ones
+
+
+@dataclass
+class LossSettings:
+    reconstruction: Literal["l1", "l2"] = "l2"  # on the [0, 1] scale, mean over pixels and channels
+    reconstruction_weight: float = 10.0  # against the losses of the quantizer
+
+
+@dataclass
+class SpeedSettings:
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+    threads: int | None = None  # of each rank on CPU; default: the cores shared among the ranks of the machine
+
+
+@dataclass
+class PriorSpeedSettings(SpeedSettings):
+    activation_checkpointing: bool = False  # a third more time for much less memory
+
+
+@dataclass
+class CardSettings:
+    license: str | None = None  # of what is published; required to publish
+    data: str | None = None  # what the data is; default: the setting `data`
+    data_license: str | None = None  # required to publish
+
+
+@dataclass
+class PublishedOutput:
+    """Settings of every program: where its output goes."""
+
+    output_dir: str = ""  # the folder that it makes
+    push_to_hub: str | None = None  # repo id to publish to, or null
+    card: CardSettings = field(default_factory=CardSettings)
+
+    free_settings: ClassVar[tuple[str, ...]] = ("output_dir", "push_to_hub", "card")  # these leave the result as it is
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub:
+            missing = [f"card.{name}=..." for name in ("license", "data_license") if not getattr(self.card, name)]
+            require(not missing, f"push_to_hub={self.push_to_hub}", f"come with {' and '.join(missing)}")
+
+
+@dataclass
+class TrainingRun(PublishedOutput):
+    """Settings of every training program. Those left empty that depend on the run's length follow `steps`."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # samples per rank and optimizer step, or per batch that is accumulated
+    learning_rate: float = 1e-3  # highest, after the warm-up; then a cosine down to zero
+    warmup_steps: int | None = None  # optimizer steps; default steps // 20
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the networks; losses stay in float32
+    seed: int = 0  # of everything random
+    eval_every: int | None = None  # steps; default steps // 10
+    save_every: int | None = None  # steps between checkpoints; default steps // 10
+    keep_checkpoints: int = 2  # older ones are deleted
+    log_with: Literal["tensorboard", "wandb"] | None = None  # beside metrics.jsonl
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    average: AverageSettings = field(default_factory=AverageSettings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
+
+    free_settings: ClassVar[tuple[str, ...]] = (
+        *PublishedOutput.free_settings, "save_every", "keep_checkpoints", "log_with",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "steps", "batch_size", "eval_every", "save_every", "keep_checkpoints")
+        require(0 <= self.average.decay < 1, f"average.decay={self.average.decay}", "lie in [0, 1)")
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}", "be above 0")
+        require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
+            f"warmup_steps={self.warmup_steps}",
+            f"lie in 0..steps={self.steps}",
+        )
+        if self.warmup_steps is None:
+            self.warmup_steps = self.steps // 20
+        self.eval_every = self.eval_every or max(1, self.steps // 10)
+        self.save_every = self.save_every or max(1, self.steps // 10)
+
+
+@dataclass
+class TokenizerRun(TrainingRun):
+    """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
+
+    output_dir: str = "runs/vqvae"  # the run's folder
+    data: str = PHOTOGRAPHS  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
+    split: str = "train"  # split to train on
+    eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
+    streaming: bool = False  # read the data as it comes, never the whole of it on disk
+    image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
+    num_workers: int = 2  # processes per rank that decode images
+    steps: int = 700  # optimizer steps
+    learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data_options: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "image_size")
+        require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
+        if self.data_options.shuffle_colors is None:
+            self.data_options.shuffle_colors = 0.5 if self.data == PHOTOGRAPHS else 0.0
+        share = self.data_options.shuffle_colors
+        require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
+        if not self.streaming:  # there the workers share out the rows, and so decide their order
+            self.free_settings = (*self.free_settings, "num_workers")
+
+
+@dataclass
+class StoreRun(PublishedOutput):
+    """Settings of train/encode_dataset.py."""
+
+    output_dir: str = "tokens"  # the token store's folder
+    tokenizer: str = "runs/vqvae"  # folder or repo id of the tokenizer
+    data: str = PHOTOGRAPHS  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
+    split: str = "train"  # split that becomes `train`
+    eval_split: str | None = None  # becomes `validation`; default: validation, else test, else a seeded 2% held out
+    streaming: bool = False  # read the data as it comes, never the whole of it on disk; a shard for each of its files
+    image_size: int = 64  # pixels, side of the square that is encoded
+    views: Literal["center", "flip", "ten_crop", "random_crops"] | None = None  # default center; of photographs crops
+    num_crops: int = 256  # of each image where views=random_crops
+    batch_size: int = 64  # pictures encoded at once
+    rows_per_shard: int = 10_000  # images of one file of the store
+    seed: int = 0  # of the crops and of the images held out
+    num_workers: int = 2  # processes per rank that decode images
+    data_options: SourceSettings = field(default_factory=SourceSettings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
+
+    free_settings: ClassVar[tuple[str, ...]] = (*PublishedOutput.free_settings, "batch_size", "num_workers", "speed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "image_size", "num_crops", "batch_size", "rows_per_shard")
+        require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
+        if self.views is None:
+            self.views = "random_crops" if self.data == PHOTOGRAPHS else "center"
+
+
+@dataclass
+class PriorSettings:
+    """The network; what it models (vocabulary, grid, classes) is the token store's."""
+
+    width: int = 256  # components of the residual stream
+    num_layers: int = 6
+    num_heads: int = 4  # each of width / num_heads components, a multiple of 4
+    dropout: float = 0.1  # of the embeddings and of what each branch adds to the residual stream
+    class_dropout: float = 0.1  # share of labels dropped in training; 0 gives up classifier-free guidance
+
+
+@dataclass
+class PriorRun(TrainingRun):
+    """Settings of train/token_prior.py. Those left empty that depend on the run's length follow `steps`."""
+
+    output_dir: str = "runs/prior"  # the run's folder
+    tokens: str | None = None  # token store: a folder or a Hub dataset id; default: `tokens/`, written from photographs
+    tokenizer: str = "runs/vqvae"  # folder or repo id of the tokenizer that made the store; it draws the pictures
+    conditional: bool = True  # on the classes of the store, where it has some
+    eval_grids: int = 1000  # at most so many grids of training and of validation are measured at each evaluation
+    model: PriorSettings = field(default_factory=PriorSettings)
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(beta2=0.95, weight_decay=0.05))
+    speed: PriorSpeedSettings = field(default_factory=PriorSpeedSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "eval_grids")
+
+
+def require(condition: bool, given: str, rule: str) -> None:
+    """Raise the ValueError that a setting breaks a rule."""
+    if not condition:
+        raise ValueError(f"{given} must {rule}")
+
+
+def at_least_one(run: PublishedOutput, *names: str) -> None:
+    """Raise ValueError where one of the numbers is given and below 1."""
+    for name in names:
+        value = getattr(run, name)
+        require(value is None or value >= 1, f"{name}={value}", "be >= 1")

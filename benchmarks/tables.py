@@ -2,38 +2,73 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BEGIN, END = "<!-- training results, by benchmarks/tables.py -->", "<!-- end of training results -->"
 
 
-def training_table() -> str:
-    """A row per recorded training run."""
-    rows = [
-        "| command | validation PSNR | codes in use | perplexity | bits per pixel | time | on |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("training_*.json")):
-        result = json.loads(path.read_text())
-        metrics, minutes = result["metrics"], result["seconds"] / 60
-        codes = f"{metrics['usage']:.1%} | {metrics['perplexity']:.0f}"
-        hardware = (
-            f"{result['threads']} cores of {result['processor']}" if result["device"] == "cpu" else result["device"]
-        )
-        rows.append(
-            f"| `{result['command']}` | {metrics['psnr']:.2f} dB | {codes} "
-            f"| {metrics['bits_per_pixel']:.3f} | {minutes:.1f} min | {hardware} |"
-        )
-    return "\n".join(rows)
+def training_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a recorded training run, by the column's title."""
+    metrics = result["metrics"]
+    return {
+        "command": f"`{result['command']}`",
+        "validation PSNR": f"{metrics['psnr']:.2f} dB",
+        "codes in use": f"{metrics['usage']:.1%}",
+        "perplexity": f"{metrics['perplexity']:.0f}",
+        "bits per pixel": f"{metrics['bits_per_pixel']:.3f}",
+        "time": f"{result['seconds'] / 60:.1f} min",
+        "on": hardware(result),
+    }
+
+
+def generation_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a recorded measurement of a prior's samples, by the column's title."""
+    recognised, score = result["recognised"], result["classification_accuracy_score"]
+    return {
+        "command": f"`{result['command']}`",
+        "recognised": f"{recognised['share']:.1%} ({recognised['low']:.1%} to {recognised['high']:.1%})",
+        "classification accuracy score": f"{score['samples']:.1%}",
+        "of as many real pictures": f"{score['real']:.1%}",
+        "nearest training picture, against unseen ones": f"{result['neighbours']['ratio_to_test_reconstructions']:.2f}",
+        "samples/s": f"{result['samples_per_second']:.0f}",
+        "on": hardware(result),
+    }
+
+
+def hardware(result: dict[str, Any]) -> str:
+    """What the figures were measured on."""
+    if result["device"] != "cpu":
+        return result["device"]
+    threads = result["threads"]
+    return f"{threads} core{'s' if threads > 1 else ''} of {result['processor']}"
+
+
+def table(program: str) -> str:
+    """A row per record of a program, in the order of their names; nothing where there is none."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{program}_*.json"))
+    rows = [ROWS[program](json.loads(path.read_text())) for path in paths]
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---")
 
 
 def with_tables(readme: str) -> str:
-    """The README's text with its tables as the results have them."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{training_table()}\n{END}{after}"
+    """The README's text with its tables as the results have them; ValueError where a table has no markers."""
+    for program in ROWS:
+        begin, end = f"<!-- {program} results, by benchmarks/tables.py -->", f"<!-- end of {program} results -->"
+        if begin not in readme or end not in readme:
+            raise ValueError(
+                f"README.md has no place for the {program} table; put {begin} and {end} on their own lines"
+            )
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{table(program)}\n{end}{after}"
+    return readme
 
+
+ROWS = {"training": training_row, "generation": generation_row}
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text()))

@@ -1,9 +1,11 @@
-"""Run the training program once, timed, and record what it measured: python benchmarks/training.py NAME [arguments].
+"""Run a training program once, timed, and record what it measured: python benchmarks/training.py NAME PROGRAM [arguments].
 
-The arguments are those of train/vqvae.py. Writes results/training_NAME.json (command, commit, hardware, versions,
-seconds, the last evaluation) and leaves the run in runs/NAME. Nothing else should run on the machine meanwhile.
+PROGRAM is a file of train/, the arguments are its own. Writes results/PROGRAM_NAME.json (command, commit, hardware,
+versions, seconds, figures). With data=COPY named=HUB_ID a copy on disk is read and the Hub id recorded, with the hash of
+the copy's files. Nothing else should run on the machine meanwhile.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,26 +14,68 @@ from pathlib import Path
 
 from recording import ROOT, record
 
+from train.config import parse
+from train.settings import PriorRun, StoreRun, TokenizerRun
 
-def main(name: str, arguments: list[str]) -> None:
-    run = Path("runs") / name
-    if run.exists():
-        sys.exit(f"error: {run} is there already; a run is timed from its start, move it away")
-    command = ["accelerate", "launch", "train/vqvae.py", *arguments]
+SETTINGS = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
+
+
+def main(name: str, program: str, arguments: list[str]) -> None:
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("named=")]
+    arguments = [argument for argument in arguments if not argument.startswith("named=")]
+    stem = Path(program).stem
+    config = parse(SETTINGS[stem], arguments)
+    folder = ROOT / config.output_dir
+    if folder.exists():
+        sys.exit(f"error: {folder} is there already; a run is timed from its start, move it away")
     begun = time.perf_counter()
-    subprocess.run([*command, f"output_dir={run.resolve()}"], cwd=ROOT, check=True)
-    seconds = time.perf_counter() - begun
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures = {
-        "command": " ".join(command),
-        "seconds": round(seconds, 1),
-        "metrics": [each for each in records if "psnr" in each][-1],
-        "images_per_second": max(each["images_per_second"] for each in records if "images_per_second" in each),
-    }
-    record(f"training_{name}", figures)
+    subprocess.run(["accelerate", "launch", f"train/{stem}.py", *arguments], cwd=ROOT, check=True)
+    figures = {"seconds": round(time.perf_counter() - begun, 1), **READERS[stem](folder)}
+    if named:
+        figures |= {"data": named[0], "data_sha256": content_hash(ROOT / config.data)}
+        arguments = [argument for argument in arguments if not argument.startswith("data=")]
+    command = " ".join(["accelerate", "launch", f"train/{stem}.py", *arguments])
+    record(f"{stem}_{name}", {"command": command, **figures})
+
+
+def tokenizer_figures(folder: Path) -> dict[str, object]:
+    """The last evaluation of a tokenizer's run, and its best speed."""
+    records = records_of(folder)
+    speeds = [each["images_per_second"] for each in records if "images_per_second" in each]
+    return {"metrics": [each for each in records if "psnr" in each][-1], "images_per_second": max(speeds)}
+
+
+def store_figures(folder: Path) -> dict[str, object]:
+    """How many rows a token store has."""
+    index = json.loads((folder / "tokens.json").read_text())
+    return {"metrics": {key: index[key] for key in ("num_rows", "tokens_per_image", "vocab_size")}}
+
+
+def prior_figures(folder: Path) -> dict[str, object]:
+    """The best evaluation of a prior's run, which is that of the model it exports, and its best speed."""
+    records = records_of(folder)
+    evaluations = [each for each in records if "bits_per_token" in each]
+    speeds = [each["tokens_per_second"] for each in records if "tokens_per_second" in each]
+    return {"metrics": min(evaluations, key=lambda each: each["bits_per_token"]), "tokens_per_second": max(speeds)}
+
+
+READERS = {"vqvae": tokenizer_figures, "encode_dataset": store_figures, "token_prior": prior_figures}
+
+
+def records_of(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def content_hash(folder: Path) -> str:
+    """sha256 over the files of a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or "=" in sys.argv[1] or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 3 or Path(sys.argv[2]).stem not in SETTINGS:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

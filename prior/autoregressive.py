@@ -25,7 +25,7 @@ from prior import AutoregressivePrior
 from tokenizer import ImageTokenizer
 
 prior = AutoregressivePrior.from_pretrained("{source}")
-tokenizer = ImageTokenizer.from_pretrained(prior.config.tokenizer)
+tokenizer = ImageTokenizer.from_pretrained(TOKENIZER)
 prior.check_tokenizer(tokenizer.fingerprint)
 tokens = prior.generate(REQUEST)  # int64 (1, h, w)
 pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
@@ -34,6 +34,9 @@ pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 
 class AutoregressivePrior(PretrainedModel):
     """A transformer whose input i is token i - 1, and input 0 the class; its output i is the logits of token i.
+
+    Each input also says which place of the grid it predicts: from rotary positions alone that is learned slowly (0.12
+    bits per token behind after 500 steps on MNIST).
 
     Class labels are dropped at random in training (`class_dropout`): the null class that stands for them, the last row
     of the class embedding, is what guidance moves away from, and the only class of an unconditional prior.
@@ -47,10 +50,11 @@ class AutoregressivePrior(PretrainedModel):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.place_embedding = nn.Embedding(self.num_tokens, config.width)  # of the token that an input predicts
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.width, config.num_layers, config.num_heads, config.dropout)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        for module in (self.token_embedding, self.class_embedding, self.head):
+        for module in (self.token_embedding, self.class_embedding, self.place_embedding, self.head):
             initialize(module)
 
     def forward(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -124,6 +128,8 @@ class AutoregressivePrior(PretrainedModel):
 
         With guidance a single pass takes the batch twice: first with its classes, then with the null class.
         """
+        if prefix.shape[1] == self.num_tokens:
+            return prefix
         guided = any(scale != 1 for scale in scales)
         if guided:
             classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
@@ -137,13 +143,15 @@ class AutoregressivePrior(PretrainedModel):
             if guided:
                 logits = guide(*logits.chunk(2), scales[position])
             tokens.append(choose(logits, uniforms[:, position])[:, None])
-            hidden, start = self.token_embedding(tokens[-1].repeat(copies, 1)), position + 1
+            start = position + 1
+            hidden = self.token_embedding(tokens[-1].repeat(copies, 1)) + self.place_embedding.weight[start : start + 1]
             bar.update(len(prefix))
         return torch.cat(tokens, dim=1)
 
     def embed(self, classes: Tensor, tokens: Tensor) -> Tensor:
         """Classes (B,) and the tokens (B, n) after them to inputs (B, n + 1, W)."""
-        return self.dropout(torch.cat([self.class_embedding(classes)[:, None], self.token_embedding(tokens)], dim=1))
+        inputs = torch.cat([self.class_embedding(classes)[:, None], self.token_embedding(tokens)], dim=1)
+        return self.dropout(inputs + self.place_embedding.weight[: inputs.shape[1]])
 
     def coordinates(self) -> Tensor:
         """Row and column (h*w, 2) of each input: the class at the origin, the tokens but the last from (1, 1) on.
@@ -243,7 +251,9 @@ class AutoregressivePrior(PretrainedModel):
 
     @property
     def card_usage(self) -> str:
-        return USAGE.replace("REQUEST", "labels=[0]" if self.config.num_classes else "num_samples=1")
+        named = "prior.config.tokenizer" if self.config.tokenizer else '"folder/of/its/tokenizer"'
+        request = "labels=[0]" if self.config.num_classes else "num_samples=1"
+        return USAGE.replace("TOKENIZER", named).replace("REQUEST", request)
 
 
 def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:

@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 from tokenizer import ImageTokenizer, TokenizerConfig
@@ -55,3 +56,11 @@ def picture_folder(tmp_path_factory) -> str:
     for index in range(16):
         picture(index, width=24 + index % 3, height=20 + index % 4).save(folder / f"{index:02d}.png")
     return str(folder)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps its view of the process; a test that runs a program in this one starts and leaves it clean."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()

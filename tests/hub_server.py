@@ -1,9 +1,10 @@
 """A Hugging Face Hub on loopback, kept in memory, for tests with the real `huggingface_hub` client.
 
-It speaks what `create_repo`, `upload_folder`, `model_info` and `snapshot_download` ask for models: creating a
-repository, validating the card, preupload (every file is answered "regular"), commits (ndjson), revisions, the tree
-and the files. Left out: large-file storage (LFS, Xet), branches other than main, pull requests, private and gated
-repositories, data sets, pagination, ranges, folders within the tree, and what the real Hub checks of a card.
+It speaks what `create_repo`, `upload_folder`, `model_info` and `snapshot_download` ask for models and data sets, which
+share their names here: creating a repository, validating the card, preupload (every file is answered "regular"),
+commits (ndjson), revisions, the tree and the files. Left out: large-file storage (LFS, Xet), branches other than main,
+pull requests, private and gated repositories, pagination, ranges, folders within the tree, and what the real Hub checks
+of a card.
 
 The client reads its settings when it is imported, so a test runs its story with the Hub `in_own_process`.
 """
@@ -51,7 +52,8 @@ class Hub:
         if status == 200:
             self.repos[repo] = []
             self.add_commit(repo, "initial commit", {".gitattributes": b""})
-        return {"status": status, "url": f"{self.url}/{repo}"}
+        kind = "datasets/" if request.get("type") == "dataset" else ""
+        return {"status": status, "url": f"{self.url}/{kind}{repo}"}
 
     def find(self, repo: str, revision: str = "main") -> Commit:
         """The commit that "main" or an oid names."""
@@ -104,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             if path[0] == "api":
                 answer = self.api([unquote(part) for part in path[1:]], body)
                 self.send(answer.pop("status", 200) if isinstance(answer, dict) else 200, json.dumps(answer).encode())
-            else:  # owner/name/resolve/revision/file
+            else:  # owner/name/resolve/revision/file, after "datasets" for a data set
+                path = path[1:] if path[0] == "datasets" else path
                 commit = self.hub.find("/".join(path[:2]), unquote(path[3]))
                 file = unquote("/".join(path[4:]))
                 if file not in commit.files:

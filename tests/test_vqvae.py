@@ -1,18 +1,16 @@
 """The training program: real processes for kills, signals, ranks and disks; the rest in this one."""
 
 import itertools
-import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from conftest import picture
 from hub_server import serve_hub
+from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
 
 from tokenizer import ImageTokenizer
@@ -23,8 +21,9 @@ from train.settings import TokenizerRun
 from train.vqvae import main, warn_of_collapse
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 PROGRAM = str(ROOT / "train" / "vqvae.py")
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 TINY = [
     "image_size=16",
     "steps=10",
@@ -47,41 +46,11 @@ def command(folder: str, output: Path, *settings: str, launcher: tuple[str, ...]
     return [sys.executable, *launcher, PROGRAM, *TINY, f"data={folder}", f"output_dir={output}", *settings]
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    variables = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
-    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
-
-
 def train_here(folder: str, output: Path, *settings: str) -> dict[str, torch.Tensor]:
     """A run in this process; the exported tensors."""
     AcceleratorState._reset_state(reset_partial_state=True)
     main(parse(TokenizerRun, [*TINY, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
     return load_file(output / "model.safetensors")
-
-
-def assert_equal_runs(one: Path, two: Path) -> None:
-    """The same weights, codebook statistics and optimizer state to the bit, and the same figures in the log."""
-    for name in ("model.safetensors", "checkpoints/step_10/model.safetensors"):
-        left, right = load_file(one / name), load_file(two / name)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left)
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
-        left, right = (torch.load(run / "checkpoints/step_10" / name) for run in (one, two))
-        assert str(left) == str(right)
-    assert records(one) == records(two)
-
-
-def records(output: Path) -> list[dict]:
-    """metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +62,6 @@ def undisturbed(picture_folder, tmp_path_factory) -> Path:
     assert "step 10/10: loss" in done.stderr
     assert all(word in done.stderr for word in ("PSNR", "usage", "images/s", "left"))
     return output
-
-
-def interrupt(arguments: list[str], send: int, at: str = "step 5/10") -> tuple[int, str]:
-    """Start a run in a process group of its own and send the group a signal once it has told of a step."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
-        told = ""
-        for line in job.stderr:
-            told += line
-            if at in line:
-                os.killpg(job.pid, send)
-        return job.wait(), told
 
 
 def test_a_run_leaves_the_promised_folder(undisturbed):
@@ -128,7 +85,7 @@ def test_old_checkpoints_are_pruned(undisturbed):
 
 def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(undisturbed, picture_folder, tmp_path):
     arguments = command(picture_folder, tmp_path / "run")
-    code, _ = interrupt(arguments, signal.SIGKILL)
+    code, _ = interrupt(arguments, signal.SIGKILL, at="step 5/10")
     assert code == -signal.SIGKILL
     assert RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()[-1] < 10
     done = run(arguments)
@@ -138,7 +95,7 @@ def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(
 
 def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(undisturbed, picture_folder, tmp_path):
     arguments = command(picture_folder, tmp_path / "run", "save_every=10")
-    code, told = interrupt(arguments, signal.SIGTERM)
+    code, told = interrupt(arguments, signal.SIGTERM, at="step 5/10")
     assert code == 0, told
     assert "the same command goes on from there" in told
     stopped_at = RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()

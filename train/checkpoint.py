@@ -25,11 +25,6 @@ from .settings import PublishedOutput, TrainingRun
 SETTINGS_NAME = "run.yaml"
 
 
-def settings_that_matter(config: PublishedOutput) -> dict[str, Any]:
-    """The nested settings that decide the result."""
-    return {key: value for key, value in asdict(config).items() if key not in config.free_settings}
-
-
 class OutputFolder:
     """What one program makes; `check` before anything is built, `claim` once everything else is known to be right."""
 
@@ -45,14 +40,19 @@ class OutputFolder:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"output_dir={self.path} exists and is no run of ours; choose another output_dir=...")
             return
-        ours = settings_that_matter(self.config)
+        ours = asdict(self.config)
         theirs = {key: value for key, value in yaml.safe_load(settings.read_text()).items() if key in ours}
-        changed = [f"{key}={a!r} (there {b!r})" for key, (a, b) in differences(ours, theirs).items()]
+        found = differences(ours, theirs).items()
+        changed = [f"{key}={a!r} (there {b!r})" for key, (a, b) in found if not self.is_free(key)]
         if changed:
             raise UserError(
                 f"output_dir={self.path} holds a run with other settings: {', '.join(changed)}; "
                 f"start this one elsewhere with output_dir=..., or repeat the settings of that one"
             )
+
+    def is_free(self, key: str) -> bool:
+        """Whether a dotted key, or a group that it is in, leaves the result as it is."""
+        return any(f"{key}.".startswith(f"{free}.") for free in self.config.free_settings)
 
     def claim(self, accelerator: Accelerator) -> None:
         """Make the folder this run's own."""

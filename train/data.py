@@ -3,7 +3,7 @@
 import itertools
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
+from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -41,22 +42,32 @@ class CropMaker:
 
     def picture(self, row: dict[str, Any]) -> Tensor:
         """A row's picture as uint8 (C, H, W), both sides at least the crop's; raises whatever decoding raises."""
-        image = convert(self.source.image(row), self.channels)
-        if self.resize is not None:
-            image = resize_short_side(image, self.resize)
-        if min(image.size) < self.size:
-            image = resize_short_side(image, self.size)
-        return pil_to_tensor(image)
+        return picture_to_cut(self.source.image(row), self.channels, self.resize, self.size)
 
     def crop(self, picture: Tensor, *sample: int) -> Tensor:
         """uint8 (C, image_size, image_size), a function of the picture, the seed and the sample's numbers alone."""
         random = np.random.default_rng((self.seed, *sample))
-        top, left = (int(random.integers(side - self.size + 1)) for side in picture.shape[1:])
-        cut = picture[:, top : top + self.size, left : left + self.size]
+        cut = random_square(picture, self.size, random)
         cut = cut.flip(2) if self.flip and random.random() < 0.5 else cut
         if random.random() < self.shuffle_colors:  # a few photographs hold few colours
             cut = cut[random.permutation(len(cut))]
         return cut
+
+
+def picture_to_cut(image: PILImage.Image, channels: int, resize: int | None, size: int) -> Tensor:
+    """A picture from which squares of `size` pixels can be cut: uint8 (C, H, W), the short side `resize` if given."""
+    image = convert(image, channels)
+    if resize is not None:
+        image = resize_short_side(image, resize)
+    if min(image.size) < size:
+        image = resize_short_side(image, size)
+    return pil_to_tensor(image)
+
+
+def random_square(picture: Tensor, size: int, random: np.random.Generator) -> Tensor:
+    """uint8 (C, size, size), cut out of a picture (C, H, W) where the generator says."""
+    top, left = (int(random.integers(side - size + 1)) for side in picture.shape[1:])
+    return picture[:, top : top + size, left : left + size]
 
 
 class MappedCrops(torch.utils.data.Dataset):
@@ -165,21 +176,48 @@ def training_batches(
     source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
 ) -> Batches:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
-    shared = {"batch_size": config.batch_size, "collate_fn": collate, "worker_init_fn": outlive_signals}
-    shared |= {"pin_memory": accelerator.device.type == "cuda", "generator": torch.Generator()}
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     if isinstance(source.rows, Dataset):
-        shared |= {"sampler": EndlessOrder(len(source.rows), config.seed), "num_workers": config.num_workers}
-        loader = DataLoader(MappedCrops(source, config), **shared)
-        # Not Accelerator's method of that name, which would keep a reference to every loader of every evaluation.
-        dealt = prepare_data_loader(loader, accelerator.device, num_ranks, rank, put_on_device=True)
-        return iter(skip_first_batches(dealt, batches_done))
-    rows = split_dataset_by_node(source.rows, rank, num_ranks)
+        crops = MappedCrops(source, config)
+        options = {"num_workers": config.num_workers, "worker_init_fn": outlive_signals}
+        return dealt_batches(crops, config.batch_size, config.seed, accelerator, batches_done, collate, **options)
+    rows = split_dataset_by_node(source.rows, accelerator.process_index, accelerator.num_processes)
     num_workers = min(config.num_workers, rows.num_shards)
     skip = batches_done // max(1, num_workers) * config.batch_size  # workers take turns, a batch each
-    crops = StreamedCrops(replace(source, rows=rows), config, rank, skip, known_corrupt)
-    loader = DataLoader(crops, num_workers=num_workers, **shared)
+    crops = StreamedCrops(replace(source, rows=rows), config, accelerator.process_index, skip, known_corrupt)
+    options = {"num_workers": num_workers, "worker_init_fn": outlive_signals, "generator": torch.Generator()}
+    loader = DataLoader(
+        crops, config.batch_size, collate_fn=collate, pin_memory=accelerator.device.type == "cuda", **options
+    )
     return placed(itertools.islice(loader, batches_done, None), accelerator)
+
+
+def dealt_batches(
+    samples: torch.utils.data.Dataset,
+    batch_size: int,
+    seed: int,
+    accelerator: Accelerator,
+    batches_done: int,
+    collate_fn: Callable[[Any], Any],
+    **options: Any,
+) -> Iterator[Any]:
+    """A rank's share of the batches of all epochs of `samples`, indexed (epoch, index), after the first so many.
+
+    The order of all samples is drawn from the seed and then dealt out, a batch to each rank in turn. On the
+    accelerator's device; `options` are those of DataLoader.
+    """
+    loader = DataLoader(
+        samples,
+        batch_size,
+        sampler=EndlessOrder(len(samples), seed),
+        collate_fn=collate_fn,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),
+        **options,
+    )
+    # Not Accelerator's method of that name, which would keep a reference to every loader of every evaluation.
+    ranks = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    dealt = prepare_data_loader(loader, accelerator.device, put_on_device=True, **ranks)
+    return iter(skip_first_batches(dealt, batches_done))
 
 
 def placed(batches: Batches, accelerator: Accelerator) -> Batches:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from .checkpoint import RunFolder
 from .config import RunError, UserError
 from .progress import StopRequest
-from .settings import SpeedSettings, TrainingRun
+from .settings import ThreadSettings, TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
     return accelerator
 
 
-def share_threads(accelerator: Accelerator, speed: SpeedSettings) -> None:
+def share_threads(accelerator: Accelerator, speed: ThreadSettings) -> None:
     """On CPU, share the cores out among the ranks; accelerate launch and torchrun leave one thread to each."""
     if accelerator.device.type == "cpu":
         num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

@@ -50,9 +50,13 @@ class LossSettings:
 
 
 @dataclass
-class SpeedSettings:
-    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+class ThreadSettings:
     threads: int | None = None  # of each rank on CPU; default: the cores shared among the ranks of the machine
+
+
+@dataclass
+class SpeedSettings(ThreadSettings):
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
 
 
 @dataclass
@@ -168,9 +172,11 @@ class StoreRun(PublishedOutput):
     seed: int = 0  # of the crops and of the images held out
     num_workers: int = 2  # processes per rank that decode images
     data_options: SourceSettings = field(default_factory=SourceSettings)
-    speed: SpeedSettings = field(default_factory=SpeedSettings)
+    speed: ThreadSettings = field(default_factory=ThreadSettings)
 
-    free_settings: ClassVar[tuple[str, ...]] = (*PublishedOutput.free_settings, "batch_size", "num_workers", "speed")
+    free_settings: ClassVar[tuple[str, ...]] = (
+        *PublishedOutput.free_settings, "batch_size", "num_workers", "speed", "data_options.max_corrupt_fraction",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

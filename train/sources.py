@@ -222,9 +222,14 @@ class CorruptCounter:
             if name not in self.names:
                 self.names.add(name)
                 log.warning("unreadable image %d skipped: %s: %s", len(self.names), name, reason)
-        total = self.num_rows or max(self.images_seen, 1000)  # of a stream, so that its first image decides nothing
-        if len(self.names) > max(1, self.fraction * total):
-            raise RunError(
-                f"{len(self.names)} of {total} images cannot be read, above data_options.max_corrupt_fraction="
-                f"{self.fraction}; the log names them: mend or remove them, or raise it"
-            )
+        check_corrupt(len(self.names), self.num_rows, self.images_seen, self.fraction)
+
+
+def check_corrupt(num_corrupt: int, num_rows: int | None, images_seen: int, fraction: float) -> None:
+    """RunError where more than the fraction of all images, and more than one, could not be read."""
+    total = num_rows or max(images_seen, 1000)  # of a stream, so that its first image decides nothing
+    if num_corrupt > max(1, fraction * total):
+        raise RunError(
+            f"{num_corrupt} of {total} images cannot be read, above data_options.max_corrupt_fraction={fraction}; "
+            f"the log names them: mend or remove them, or raise it"
+        )

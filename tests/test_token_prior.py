@@ -1,0 +1,345 @@
+"""Training a prior: real processes for kills and ranks, the rest in this one; the unigram code against plain sums."""
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import picture, tiny_config
+from hub_server import serve_hub
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
+from safetensors.torch import load_file
+
+from prior import AutoregressivePrior
+from tokenizer import ImageTokenizer
+from train.checkpoint import RunFolder
+from train.config import UserError, launch, parse
+from train.encode_dataset import encode_dataset
+from train.likelihood import Grids, Judge, UnigramCode, entropy
+from train.settings import PriorRun, StoreRun
+from train.token_prior import main, warn_of_overfitting
+from train.token_store import TokenStore
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = str(ROOT / "train" / "token_prior.py")
+TINY = [
+    "steps=10",
+    "batch_size=4",
+    "eval_every=5",
+    "save_every=1",
+    "speed.threads=1",
+    "model.width=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a tokenizer, pictures of two classes and the token store made of them."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    ImageTokenizer(tiny_config()).save_pretrained(folder / "tokenizer")
+    for number in range(24):
+        place = folder / "pictures" / ("train" if number < 18 else "validation") / ("cat", "dog")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        picture(number).save(place / f"{number}.png")
+    store_of(folder, "tokens", f"tokenizer={folder / 'tokenizer'}")
+    return folder
+
+
+def store_of(folder: Path, name: str, *settings: str) -> None:
+    """Write the token store `name` of the folder's pictures, in this process."""
+    given = [f"data={folder / 'pictures'}", f"output_dir={folder / name}", "image_size=8", "num_workers=0", *settings]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert encode_dataset(parse(StoreRun, given), Accelerator(cpu=True))
+
+
+def settings(made: Path, output: Path, *more: str) -> list[str]:
+    return [*TINY, f"tokens={made / 'tokens'}", f"tokenizer={made / 'tokenizer'}", f"output_dir={output}", *more]
+
+
+def command(made: Path, output: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, PROGRAM, *settings(made, output, *more)]
+
+
+def train_here(made: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
+    """A run in this process; the exported tensors."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse(PriorRun, settings(made, output, *more)))
+    return load_file(output / "model.safetensors")
+
+
+def evaluations(output: Path) -> list[dict]:
+    return [record for record in records(output) if "bits_per_token" in record]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(command(made, output, launcher=("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")))
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stderr for word in ("step 10/10: bits/token", "validation", "tokens/s", "left"))
+    return output
+
+
+def test_a_run_leaves_the_promised_folder(undisturbed, made):
+    names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "README.md", "run.yaml", "metrics.jsonl"} <= names
+    assert {"samples/step_000005.png", "samples/step_000010.png"} <= names
+    assert [record["step"] for record in evaluations(undisturbed)] == [5, 10]
+    prior = AutoregressivePrior.from_pretrained(undisturbed)
+    tokenizer = ImageTokenizer.from_pretrained(made / "tokenizer")
+    prior.check_tokenizer(tokenizer.fingerprint)
+    assert (prior.config.num_classes, prior.config.grid_size, prior.config.vocab_size) == (2, [4, 4], 32)
+    pictures = tokenizer.decode(prior.generate(labels=[0, 1], generator=torch.Generator().manual_seed(0)))
+    assert pictures.shape == (2, 3, 8, 8)
+    with Image.open(undisturbed / "samples" / "step_000010.png") as sheet:
+        assert sheet.size == (2 * 128, 4 * 128)  # a column a class; three rows of the prior, one of the unigram code
+
+
+def test_the_figures_are_those_of_the_exported_prior(undisturbed, made):
+    prior = AutoregressivePrior.from_pretrained(undisturbed)
+    rows = TokenStore.open(made / "tokens").rows("validation")[:]
+    tokens, labels = torch.tensor(rows["tokens"].astype(int)), torch.tensor(rows["label"])
+    nats = -prior.log_prob(tokens, labels).sum().item() / tokens.numel()
+    figures = min(evaluations(undisturbed), key=lambda record: record["bits_per_token"])
+    assert figures["nats_per_token"] == pytest.approx(nats, rel=1e-4)
+    assert figures["bits_per_token"] == pytest.approx(nats / math.log(2), rel=1e-4)
+    assert figures["bits_per_image"] == pytest.approx(16 * nats / math.log(2), rel=1e-4)
+    assert figures["bits_per_dimension"] == pytest.approx(16 * nats / math.log(2) / (3 * 8 * 8), rel=1e-4)
+    assert figures["uniform_bits_per_token"] == 5
+    assert f"{figures['bits_per_token']:.6g}" in (undisturbed / "README.md").read_text()
+
+
+def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(undisturbed, made, tmp_path):
+    arguments = command(made, tmp_path / "run")
+    code, _ = interrupt(arguments, signal.SIGKILL, at="step 6/10")
+    assert code == -signal.SIGKILL
+    assert RunFolder(parse(PriorRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()[-1] < 10
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, made, tmp_path):
+    arguments = command(made, tmp_path / "run", "save_every=10")
+    code, told = interrupt(arguments, signal.SIGTERM, at="step 6/10")
+    assert code == 0, told
+    assert "the same command goes on from there" in told
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(made, tmp_path):
+    certain = ["model.dropout=0", "model.class_dropout=0"]  # what is dropped differs from rank to rank
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(made, one, "batch_size=8", *certain)
+    done = run(command(made, two, *certain, launcher=TWO_RANKS))
+    assert done.returncode == 0, done.stderr
+    assert (two / "checkpoints/step_10/state_1.json").is_file()  # there really were two
+    left, right = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=1e-5, msg=key)
+    for ours, theirs in zip(evaluations(one), evaluations(two), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_accumulated_batches_equal_one_batch(made, tmp_path):
+    certain = ["model.dropout=0", "model.class_dropout=0"]
+    whole = train_here(made, tmp_path / "whole", "batch_size=8", *certain)
+    halves = train_here(made, tmp_path / "halves", "batch_size=4", "optimizer.accumulation_steps=2", *certain)
+    for key in whole:
+        torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("variant", [["speed.activation_checkpointing=true"]])
+def test_what_only_saves_memory_changes_nothing(variant, undisturbed, made, tmp_path):
+    tensors, plain = train_here(made, tmp_path / "run", *variant), load_file(undisturbed / "model.safetensors")
+    for key in plain:
+        torch.testing.assert_close(tensors[key], plain[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("variant", [["average.decay=0.9"], ["mixed_precision=bf16"]])
+def test_variants_resume_to_the_bit(variant, made, tmp_path, monkeypatch):
+    whole = train_here(made, tmp_path / "whole", *variant)
+    save = RunFolder.save
+
+    def save_and_end(self, accelerator, step, kept):
+        save(self, accelerator, step, kept)
+        if step == 6:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(RunFolder, "save", save_and_end)
+        train_here(made, tmp_path / "parts", *variant)
+    parts = train_here(made, tmp_path / "parts", *variant)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, tmp_path, caplog):
+    ever_faster = ["steps=40", "warmup_steps=40", "learning_rate=1", "eval_every=5", "save_every=40"]
+    train_here(made, tmp_path / "run", *ever_faster)  # until it knows less than before
+    best = min(evaluations(tmp_path / "run"), key=lambda record: record["bits_per_token"])
+    assert best["step"] < 40
+    assert "overfitting at step 40" in caplog.text
+    assert f"the best, {best['bits_per_token']:.3f} at step {best['step']}, is what is kept" in caplog.text
+    prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
+    rows = TokenStore.open(made / "tokens").rows("validation")[:]
+    tokens, labels = torch.tensor(rows["tokens"].astype(int)), torch.tensor(rows["label"])
+    bits = -prior.log_prob(tokens, labels).sum().item() / tokens.numel() / math.log(2)
+    assert bits == pytest.approx(best["bits_per_token"], rel=1e-4)
+
+
+def test_a_little_above_the_best_is_no_overfitting(caplog):
+    metrics = {"bits_per_token": 1.01, "train_bits_per_token": 0.9}
+    warn_of_overfitting(5, metrics, {"step": 3, "bits_per_token": 1.0})
+    assert not caplog.text
+
+
+def test_without_a_store_it_is_written_first(tmp_path):
+    torch.manual_seed(0)
+    ImageTokenizer(tiny_config()).save_pretrained(tmp_path / "runs" / "vqvae")
+    short = ["steps=1", "eval_grids=2", "batch_size=2", "model.width=16", "model.num_layers=1", "model.num_heads=2"]
+    for _ in range(2):  # the second time it is there and so is the run
+        done = run([sys.executable, PROGRAM, *short], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "holds the finished run" in done.stderr
+    store = TokenStore.open(tmp_path / "tokens")
+    assert len(store.rows("train")) == 9 * StoreRun().num_crops
+    assert (tmp_path / "runs" / "prior" / "model.safetensors").is_file()
+
+
+def test_an_unconditional_prior_of_a_store_with_classes(made, tmp_path):
+    train_here(made, tmp_path / "run", "conditional=false", "steps=2", "eval_every=1")
+    prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
+    assert prior.config.num_classes == 0
+    assert prior.generate(num_samples=3).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["tokens=./nowhere"], "tokens=./nowhere"),
+        (["tokenizer=./nowhere"], "train one first with `accelerate launch train/vqvae.py`"),
+        (["model.num_heads=3"], "width=16 is not a multiple of 4 * num_heads=12"),
+        (["model.dropout=1"], "dropout=1.0 must lie in [0, 1)"),
+        (["model.depth=3"], "unknown key 'model.depth'"),
+        (["eval_grids=0"], "eval_grids=0 must be >= 1"),
+        (["log_with=wandb"], "log_with=wandb is not installed"),
+        (["push_to_hub=a/b"], "card.license=..."),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_2_before_anything_is_written(
+    wrong, message, made, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *settings(made, tmp_path / "run", *wrong)])
+    with pytest.raises(SystemExit) as exit_:
+        launch(main, PriorRun)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_store_of_another_tokenizer_is_refused_with_both_fingerprints(made, tmp_path):
+    torch.manual_seed(1)
+    other = ImageTokenizer(tiny_config())
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError) as error:
+        train_here(made, tmp_path / "run", f"tokenizer={tmp_path / 'other'}")
+    assert other.fingerprint in str(error.value)
+    assert ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint in str(error.value)
+
+
+def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(made, tmp_path):
+    for name in ("tokenizer", "pictures"):
+        (tmp_path / name).symlink_to(made / name)
+    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
+    train_here(tmp_path, tmp_path / "run")
+    (tmp_path / "run" / "README.md").unlink()  # as if stopped before its end
+    torch.manual_seed(1)
+    (tmp_path / "tokenizer").unlink()
+    ImageTokenizer(tiny_config()).save_pretrained(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokens").iterdir():
+        path.unlink()
+    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
+    with pytest.raises(UserError, match=r"was trained on tokens of the tokenizer with fingerprint .*start anew"):
+        train_here(tmp_path, tmp_path / "run")
+
+
+def test_rows_without_a_class_and_tokens_out_of_range_are_refused(made):
+    class Rows(dict):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, indices):
+            return {key: value[indices] for key, value in self.items()}
+
+    store = TokenStore.open(made / "tokens")
+    good = store.rows("validation")[:2]
+    config = parse(PriorRun, [])
+    for name, changed, conditional in [("label", good["label"] * 0 - 1, True), ("token", good["tokens"] + 32, False)]:
+        key = "label" if name == "label" else "tokens"
+        grids = Grids(Rows(good | {key: changed}), conditional)
+        with pytest.raises(UserError, match=f"{name}s of the store run from"):
+            Judge(config, Accelerator(cpu=True), store, grids)
+
+
+def test_a_prior_is_published(made, tmp_path):
+    publish = ["push_to_hub=me/prior", "card.license=mit", "card.data=small pictures", "card.data_license=cc0-1.0"]
+    arguments = command(made, tmp_path / "run", "steps=2", "warmup_steps=0", "eval_every=1", *publish)
+    with serve_hub(token="secret") as hub:
+        connection = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = run(arguments, **connection, HF_TOKEN="secret")
+        assert done.returncode == 0, done.stderr
+        card = hub.repos["me/prior"][-1].files["README.md"].decode()
+    for said in ("license: mit", 'from_pretrained("me/prior")', "check_tokenizer", "small pictures", "bits_per_token"):
+        assert said in card
+
+
+tokens_of_two_splits = st.integers(2, 9).flatmap(
+    lambda size: st.tuples(
+        st.just(size), *(st.lists(st.integers(0, size - 1), min_size=1, max_size=30) for _ in range(2))
+    )
+)
+
+
+@given(tokens_of_two_splits)
+def test_the_unigram_code_against_plain_sums(case):
+    size, train, validation = case
+    counts = [torch.tensor([tokens.count(token) for token in range(size)]) for tokens in (train, validation)]
+    code = UnigramCode(counts[0])
+    plain = [-math.log2((train.count(token) + 0.5) / (len(train) + size / 2)) for token in validation]
+    assert code.bits_per_token(counts[1]) == pytest.approx(sum(plain) / len(plain))
+    shares = [validation.count(token) / len(validation) for token in validation]
+    assert entropy(counts[1]) == pytest.approx(sum(-math.log2(share) for share in shares) / len(shares), abs=1e-9)
+    assert entropy(counts[1]) <= code.bits_per_token(counts[1]) + 1e-9
+
+
+def test_what_the_unigram_code_draws_has_its_frequencies():
+    counts = torch.tensor([0, 10, 30, 60])
+    drawn = UnigramCode(counts).draw(500, [8, 8], seed=0)
+    assert drawn.shape == (500, 8, 8)
+    frequencies = torch.bincount(drawn.flatten(), minlength=4) / drawn.numel()
+    torch.testing.assert_close(frequencies, UnigramCode(counts).probabilities.float(), atol=0.01, rtol=0)
+
+
+def test_settings_that_follow_the_length_and_those_of_the_family():
+    config = parse(PriorRun, ["steps=2"])
+    assert (config.warmup_steps, config.eval_every, config.save_every) == (0, 1, 1)
+    assert json.dumps(config.optimizer.__dict__)  # plain values
+    assert (config.optimizer.beta2, config.optimizer.weight_decay) == (0.95, 0.05)
+    assert parse(PriorRun, ["optimizer.max_grad_norm=2"]).optimizer.beta2 == 0.95

@@ -1,0 +1,237 @@
+"""Train a prior on token grids: accelerate launch train/token_prior.py [preset.yaml] [key=value ...]; --help.
+
+Nothing is encoded while it trains: it reads a token store, and first writes the default one if there is none.
+"""
+
+import itertools
+import json
+import logging
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from prior import AutoregressivePrior, PriorConfig
+from tokenizer import ImageTokenizer, ModelCard
+from tokenizer.pretrained import written_whole
+from train.checkpoint import RunFolder
+from train.config import UserError, launch, to_yaml
+from train.data import dealt_batches
+from train.encode_dataset import encode_dataset, open_tokenizer
+from train.likelihood import Grids, Judge, UnigramCode, as_they_are
+from train.optimization import Optimization, make_accelerator
+from train.progress import METRICS_NAME, Progress, read_lines, save_sheet
+from train.publishing import publish, reserve_repository
+from train.settings import PriorRun, StoreRun
+from train.token_store import StoreStamp, TokenStore
+
+log = logging.getLogger("train.token_prior")
+
+SAMPLE_COLUMNS = 10  # of samples/step_N.png, one a class where there are classes
+SAMPLE_ROWS = 3  # drawn from the prior, above one drawn from the unigram code
+OVERFITTING = 0.02  # a validation loss so much above its lowest, as a share of it, is warned of
+
+
+def main(config: PriorRun) -> None:
+    # Whatever the settings can get wrong is found before anything is built or written.
+    folder = RunFolder(config)
+    folder.check()
+    accelerator = make_accelerator(config)
+    if config.push_to_hub and accelerator.is_main_process:
+        reserve_repository(config.push_to_hub)
+    if folder.finished:
+        log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
+    else:
+        tokenizer = open_tokenizer(config.tokenizer)
+        store = open_store(config, tokenizer, accelerator)
+        if store is None or not train(config, folder, accelerator, store, tokenizer.to(accelerator.device)):
+            return
+    if config.push_to_hub and accelerator.is_main_process:
+        prior, card = AutoregressivePrior.from_pretrained(folder.path), model_card(config, folder)
+        publish(lambda repo_id: prior.push_to_hub(repo_id, card), folder)
+    accelerator.end_training()
+
+
+def train(
+    config: PriorRun, folder: RunFolder, accelerator: Accelerator, store: TokenStore, tokenizer: ImageTokenizer
+) -> bool:
+    """Train to the end, or to a signal; whether the end was reached."""
+    set_seed(config.seed)
+    prior = build_prior(config, store.stamp).to(accelerator.device)
+    set_seed(config.seed, device_specific=True)  # what is dropped differs from rank to rank
+    optimization = Optimization(prior, config, accelerator, folder)
+    grids = Grids(store.rows("train"), conditional=bool(prior.config.num_classes))
+    judge = Judge(config, accelerator, store, grids)
+
+    folder.claim(accelerator)
+    steps_done, kept = folder.load(accelerator)
+    check_same_store(kept, store, folder)
+    best = kept.get("best", {"step": 0, "bits_per_token": math.inf})
+    accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
+    num_batches = config.optimizer.accumulation_steps  # of a step
+    done = steps_done * num_batches
+    batches = dealt_batches(grids, config.batch_size, config.seed, accelerator, done, collate_fn=as_they_are)
+    progress = Progress(folder.path, accelerator, steps_done, config.steps)
+    num_tokens, clock, metrics = 0, time.perf_counter(), {}
+
+    with optimization.stop.listening(), logging_redirect_tqdm():
+        for step in range(steps_done + 1, config.steps + 1):
+            optimization.begin(step)
+            for tokens, labels in itertools.islice(batches, num_batches):
+                with accelerator.accumulate(optimization.model):
+                    logits = optimization.model(tokens, labels)
+                    losses = {"cross_entropy": F.cross_entropy(logits.mT, tokens)}
+                    accelerator.backward(losses["cross_entropy"])
+                num_tokens += tokens.numel() * accelerator.num_processes
+            taken = optimization.take(step, losses)
+            if taken:
+                optimization.update_average()
+
+            if progress.due(step) and taken:
+                speed = num_tokens / (time.perf_counter() - clock)
+                num_tokens, clock = 0, time.perf_counter()
+                values = {"cross_entropy": losses["cross_entropy"].item()} | optimization.figures
+                progress.record(step, values | {"tokens_per_second": speed})
+                progress.show(step, shown(values | metrics, speed))
+            if step % config.eval_every == 0 or step == config.steps:
+                metrics = judge.measure(optimization.measured)
+                progress.record(step, metrics)
+                if metrics["bits_per_token"] < best["bits_per_token"]:
+                    best = {"step": step, "bits_per_token": metrics["bits_per_token"]}
+                    keep_best(optimization.measured, folder, accelerator)
+                warn_of_overfitting(step, metrics, best)
+                if accelerator.is_main_process:
+                    save_sheet(folder.sample(step), drawn(optimization.measured, tokenizer, judge.unigram, config.seed))
+                num_tokens, clock = 0, time.perf_counter()
+            if step % config.save_every == 0 or step == config.steps or optimization.stopping:
+                folder.save(
+                    accelerator, step, {"best": best, "tokenizer_fingerprint": store.stamp.tokenizer_fingerprint}
+                )
+            if optimization.stopping and step < config.steps:
+                log.info("stopped by a signal after step %d; the same command goes on from there", step)
+                return False
+    if accelerator.is_main_process:
+        optimization.measured.load_state_dict(load_file(folder.best))
+        optimization.measured.save_pretrained(folder.path, model_card(config, folder))
+    accelerator.wait_for_everyone()
+    return True
+
+
+def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Accelerator) -> TokenStore | None:
+    """The token store of the settings, written first where none is named; None where a signal ended the writing."""
+    default = StoreRun(tokenizer=config.tokenizer)
+    try:
+        if config.tokens is None and not encode_dataset(default, accelerator):
+            return None
+        store = TokenStore.open(config.tokens or default.output_dir)
+        store.check_tokenizer(tokenizer.fingerprint)
+        with torch.device("meta"):
+            build_prior(config, store.stamp)
+        return store
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokens={config.tokens or default.output_dir}: {error}") from None
+
+
+def build_prior(config: PriorRun, stamp: StoreStamp) -> AutoregressivePrior:
+    """A prior of what the store holds; ValueError where it cannot be."""
+    if len(stamp.grids) != 1 or math.prod(stamp.grids[0]) != stamp.tokens_per_image:
+        raise ValueError(
+            f"its images are {stamp.tokens_per_image} tokens on grids {stamp.grids}, and this prior models one grid "
+            f"with one token per position; use a tokenizer with a single codebook and scale"
+        )
+    return AutoregressivePrior(
+        PriorConfig(
+            vocab_size=stamp.vocab_size,
+            grid_size=list(stamp.grids[0]),
+            num_classes=len(stamp.class_names or ()) if config.conditional else 0,
+            tokenizer=stamp.tokenizer,
+            tokenizer_fingerprint=stamp.tokenizer_fingerprint,
+            **asdict(config.model),
+        )
+    )
+
+
+def check_same_store(kept: dict[str, Any], store: TokenStore, folder: RunFolder) -> None:
+    """Raise UserError where the run's checkpoint was trained on the tokens of another tokenizer."""
+    before, now = kept.get("tokenizer_fingerprint"), store.stamp.tokenizer_fingerprint
+    if before not in (None, now):
+        raise UserError(
+            f"output_dir={folder.path} was trained on tokens of the tokenizer with fingerprint {before}, and the store "
+            f"now holds those of {now}; start anew with another output_dir=..."
+        )
+
+
+def keep_best(prior: AutoregressivePrior, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Write the weights aside, to be exported if no later ones are better."""
+    if accelerator.is_main_process:
+        with written_whole(folder.best) as part:
+            save_file({name: tensor.contiguous() for name, tensor in prior.state_dict().items()}, part)
+    accelerator.wait_for_everyone()
+
+
+def warn_of_overfitting(step: int, metrics: dict[str, float], best: dict[str, float]) -> None:
+    """Say so where validation has turned upwards."""
+    if metrics["bits_per_token"] > (1 + OVERFITTING) * best["bits_per_token"]:
+        log.warning(
+            "overfitting at step %d: %.3f bits per validation token, %.3f per training token; the best, %.3f at step "
+            "%d, is what is kept; more data, a smaller model or more model.dropout would help",
+            step,
+            metrics["bits_per_token"],
+            metrics["train_bits_per_token"],
+            best["bits_per_token"],
+            best["step"],
+        )
+
+
+def drawn(prior: AutoregressivePrior, tokenizer: ImageTokenizer, unigram: UnigramCode, seed: int) -> list[list[Tensor]]:
+    """Rows of pictures: from the prior, a class a column where it has some, and last from the unigram code."""
+    prior.check_tokenizer(tokenizer.fingerprint)
+    num_classes = prior.config.num_classes
+    num_columns = min(num_classes, SAMPLE_COLUMNS) or SAMPLE_COLUMNS
+    labels = torch.arange(num_columns).repeat(SAMPLE_ROWS) if num_classes else None
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prior.generate(labels, num_columns * SAMPLE_ROWS, generator=generator)
+    rows = [*tokens.split(num_columns), unigram.draw(num_columns, prior.config.grid_size, seed)]
+    return [[*tokenizer.decode(row).cpu()] for row in rows]
+
+
+def shown(values: dict[str, float], tokens_per_second: float) -> dict[str, str]:
+    """What stands beside the bar."""
+    validation = f"{values['bits_per_token']:.3f}" if "bits_per_token" in values else "..."
+    return {
+        "bits/token": f"{values['cross_entropy'] / math.log(2):.3f}",
+        "validation": validation,
+        "tokens/s": f"{tokens_per_second:.0f}",
+    }
+
+
+def model_card(config: PriorRun, folder: RunFolder) -> ModelCard:
+    """The card of a run whose evaluations are in its metrics.jsonl."""
+    records = map(json.loads, read_lines(folder.path / METRICS_NAME))
+    metrics = min((record for record in records if "bits_per_token" in record), key=lambda each: each["bits_per_token"])
+    step = metrics.pop("step")
+    return ModelCard(
+        license=config.card.license,
+        data=config.card.data or config.tokens or StoreRun().data,
+        data_license=config.card.data_license,
+        metrics=metrics,
+        evaluation=(
+            f"The best of the run, after {step} of {config.steps} steps. `bits_per_token`: of validation grids; "
+            f"`bits_per_dimension`: the same per pixel and channel. Beside it the uniform code, the unigram code of "
+            f"the training tokens, and the entropy of the validation tokens, which no unigram code can go below."
+        ),
+        settings=to_yaml(config),
+        sample=folder.sample(step),
+    )
+
+
+if __name__ == "__main__":
+    launch(main, PriorRun)

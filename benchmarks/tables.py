@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-def training_row(result: dict[str, Any]) -> dict[str, str]:
-    """The cells of a recorded training run, by the column's title."""
+def tokenizer_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a tokenizer's recorded run, by the column's title."""
     metrics = result["metrics"]
     return {
         "command": f"`{result['command']}`",
@@ -17,6 +17,36 @@ def training_row(result: dict[str, Any]) -> dict[str, str]:
         "codes in use": f"{metrics['usage']:.1%}",
         "perplexity": f"{metrics['perplexity']:.0f}",
         "bits per pixel": f"{metrics['bits_per_pixel']:.3f}",
+        "time": f"{result['seconds'] / 60:.1f} min",
+        "on": hardware(result),
+    }
+
+
+def prior_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a prior's recorded run, by the column's title."""
+    metrics = result["metrics"]
+    bits, unigram = metrics["bits_per_token"], metrics["unigram_bits_per_token"]
+    return {
+        "command": f"`{result['command']}`",
+        "validation bits per token": f"{bits:.3f}",
+        "of training tokens": f"{metrics['train_bits_per_token']:.3f}",
+        "unigram code": f"{unigram:.3f}",
+        "saved": f"{1 - bits / unigram:.0%}",
+        "validation's own entropy": f"{metrics['validation_entropy']:.3f}",
+        "bits per dimension": f"{metrics['bits_per_dimension']:.3f}",
+        "time": f"{result['seconds'] / 60:.1f} min",
+        "on": hardware(result),
+    }
+
+
+def store_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a token store's recorded writing, by the column's title."""
+    metrics = result["metrics"]
+    rows = ", ".join(f"{count:,} {split}" for split, count in metrics["num_rows"].items())
+    return {
+        "command": f"`{result['command']}`",
+        "rows": rows,
+        "tokens a row": str(metrics["tokens_per_image"]),
         "time": f"{result['seconds'] / 60:.1f} min",
         "on": hardware(result),
     }
@@ -68,7 +98,12 @@ def with_tables(readme: str) -> str:
     return readme
 
 
-ROWS = {"training": training_row, "generation": generation_row}
+ROWS = {
+    "vqvae": tokenizer_row,
+    "encode_dataset": store_row,
+    "token_prior": prior_row,
+    "generation": generation_row,
+}
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text()))

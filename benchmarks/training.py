@@ -1,8 +1,8 @@
-"""Run a training program once, timed, and record what it measured: python benchmarks/training.py NAME PROGRAM [arguments].
+"""Run a training program once, timed, and record it: python benchmarks/training.py NAME PROGRAM [arguments].
 
 PROGRAM is a file of train/, the arguments are its own. Writes results/PROGRAM_NAME.json (command, commit, hardware,
-versions, seconds, figures). With data=COPY named=HUB_ID a copy on disk is read and the Hub id recorded, with the hash of
-the copy's files. Nothing else should run on the machine meanwhile.
+versions, seconds, figures). With data=COPY named=HUB_ID a copy on disk is read and the Hub id recorded, with the hash
+of the copy's files. Nothing else should run on the machine meanwhile.
 """
 
 import hashlib

@@ -9,20 +9,26 @@ import pytest
 import torch
 from conftest import picture
 
+from prior import AutoregressivePrior, PriorConfig
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.config import parse
-from train.settings import TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for line in README.splitlines() if line.startswith("accelerate launch train/vqvae.py")]
+COMMANDS = [line for line in README.splitlines() if line.startswith("accelerate launch train/")]
+SETTINGS = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 @pytest.fixture
 def a_finished_run(tmp_path, monkeypatch):
-    """A folder with runs/vqvae and picture.jpg, as a reader has it after the first command."""
-    ImageTokenizer(TokenizerConfig()).save_pretrained(tmp_path / "runs" / "vqvae")
+    """A folder with runs/vqvae, runs/prior and picture.jpg, as a reader has it after the first commands."""
+    tokenizer = ImageTokenizer(TokenizerConfig())
+    tokenizer.save_pretrained(tmp_path / "runs" / "vqvae")
+    network = {"width": 16, "num_layers": 1, "num_heads": 2}
+    config = PriorConfig(tokenizer.vocab_size, [16, 16], tokenizer_fingerprint=tokenizer.fingerprint, **network)
+    AutoregressivePrior(config).save_pretrained(tmp_path / "runs" / "prior")
     picture(0, 150, 100).save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
 
@@ -33,19 +39,20 @@ def test_each_program_runs(program, a_finished_run):
     exec(compile(program, "README.md", "exec"), names)
     for pictures in (names.get("pictures"), names.get("picture")):
         if pictures is not None:
-            assert pictures.shape[:2] == (1, 3)
+            assert pictures.shape[1] == 3
             assert torch.all((pictures >= 0) & (pictures <= 1))
 
 
 def test_the_programs_are_found():
-    assert len(PROGRAMS) >= 2
-    assert len(COMMANDS) >= 5
+    assert len(PROGRAMS) >= 4
+    assert len(COMMANDS) >= 10
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "--help" not in line])
 def test_the_settings_of_each_command_are_valid(command):
-    arguments = re.sub(r'"', "", command.removeprefix("accelerate launch train/vqvae.py")).split()
-    parse(TokenizerRun, arguments)
+    program, *arguments = re.sub(r'"', "", command.removeprefix("accelerate launch train/")).split()
+    presets = [str(ROOT / each) if each.startswith("train/presets/") else each for each in arguments]
+    parse(SETTINGS[program.removesuffix(".py")], presets)
 
 
 def test_the_first_command_runs_in_an_empty_folder(tmp_path):
@@ -59,8 +66,9 @@ def test_the_map_names_every_file_and_only_files_that_are_there():
     rows = re.findall(r"^\| (`[^|]*`) \|", README[README.index("## Map of the files") :], re.M)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert all((ROOT / name).exists() for name in named)
-    files = {str(path.relative_to(ROOT)) for room in ("tokenizer", "train") for path in (ROOT / room).glob("*.py")}
-    assert files - named == {"tokenizer/__init__.py", "train/__init__.py"}
+    rooms = ("tokenizer", "prior", "train", "benchmarks")
+    files = {str(path.relative_to(ROOT)) for room in rooms for path in (ROOT / room).glob("*.py")}
+    assert files - named == {"tokenizer/__init__.py", "prior/__init__.py", "train/__init__.py"}
 
 
 def test_the_tables_are_those_of_the_results(monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from train.config import UserError, differences, help_text, parse, settings_of, to_yaml
-from train.settings import TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun
 
-PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*/*.yaml"))
 
 
 def preset(folder: Path, text: str) -> str:
@@ -94,13 +94,16 @@ def test_a_preset_that_is_none_is_named(text, tmp_path):
         parse(TokenizerRun, [preset(tmp_path, text)])
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_each_preset_is_valid_and_opens_with_command_hardware_minutes_and_score(path):
-    parse(TokenizerRun, [str(path)])
+    programs = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
+    parse(programs[path.stem], [str(path)])
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"accelerate launch train/vqvae.py train/presets/{path.name}" in header
-    assert re.search(r"\d+ min", header)
-    assert re.search(r"\d\d\.\d+ dB", header)
+    assert f"accelerate launch train/{path.stem}.py train/presets/{path.parent.name}/{path.name}" in header
+    assert "core" in header
+    assert re.search(r"\d+(\.\d+)? min", header)
+    score = {"vqvae": r"\d\d\.\d+ dB", "encode_dataset": r"[\d,]+ rows", "token_prior": r"\d\.\d+ bits per token"}
+    assert re.search(score[path.stem], header)
 
 
 def test_differences_are_found_at_any_depth():
@@ -109,5 +112,5 @@ def test_differences_are_found_at_any_depth():
 
 
 def test_the_photographs_preset_is_the_default_run():
-    (path,) = (path for path in PRESETS if path.stem == "photographs")
+    (path,) = (path for path in PRESETS if path.parent.name == "photographs")
     assert parse(TokenizerRun, [str(path)]) == TokenizerRun()

@@ -190,9 +190,9 @@ class StoreRun(PublishedOutput):
 class PriorSettings:
     """The network; what it models (vocabulary, grid, classes) is the token store's."""
 
-    width: int = 256  # components of the residual stream
-    num_layers: int = 6
-    num_heads: int = 4  # each of width / num_heads components, a multiple of 4
+    width: int = 128  # components of the residual stream
+    num_layers: int = 4
+    num_heads: int = 2  # each of width / num_heads components, a multiple of 4
     dropout: float = 0.1  # of the embeddings and of what each branch adds to the residual stream
     class_dropout: float = 0.1  # share of labels dropped in training; 0 gives up classifier-free guidance
 
@@ -205,12 +205,17 @@ class PriorRun(TrainingRun):
     tokens: str | None = None  # token store: a folder or a Hub dataset id; default: `tokens/`, written from photographs
     tokenizer: str = "runs/vqvae"  # folder or repo id of the tokenizer that made the store; it draws the pictures
     conditional: bool = True  # on the classes of the store, where it has some
-    eval_grids: int = 1000  # at most so many grids of training and of validation are measured at each evaluation
+    steps: int = 200  # optimizer steps
+    learning_rate: float = 3e-3  # highest, after the warm-up; then a cosine down to zero
+    eval_every: int | None = None  # steps; default steps // 5
+    eval_grids: int = 100  # at most so many of training and of validation are measured at each evaluation
     model: PriorSettings = field(default_factory=PriorSettings)
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(beta2=0.95, weight_decay=0.05))
     speed: PriorSpeedSettings = field(default_factory=PriorSpeedSettings)
 
     def __post_init__(self) -> None:
+        if self.eval_every is None:
+            self.eval_every = max(1, self.steps // 5)
         super().__post_init__()
         at_least_one(self, "eval_grids")
 

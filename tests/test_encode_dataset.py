@@ -26,7 +26,7 @@ from test_data import png, write_parquet
 
 from tokenizer import ImageTokenizer
 from tokenizer.images import convert, pil_to_tensor, resize_short_side
-from train.config import RunError, UserError, launch
+from train.config import RunError, UserError, launch, parse
 from train.data import CropMaker
 from train.encode_dataset import encode_dataset, main, open_tokenizer
 from train.settings import DataSettings, SourceSettings, StoreRun, TokenizerRun
@@ -520,7 +520,7 @@ def published(token: str, config: StoreRun) -> str:
 
 
 def publishing_story() -> dict[str, Any]:
-    """Publish the store of `settings.json` with the wrong token, to a Hub that refuses once, and again; read it back."""
+    """Publish the store of `settings.json`: with a wrong token, to a Hub that refuses once, and again; read it back."""
     config = parse(StoreRun, json.loads(Path("settings.json").read_text()))
     seen = {"wrong token": published("wrong", config), "written": Path("store").exists()}
     return seen | {"first": published("secret", config), "second": published("secret", config)} | reading_story()

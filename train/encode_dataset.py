@@ -1,6 +1,6 @@
 """Encode a data set of images into a token store: accelerate launch train/encode_dataset.py [key=value ...]
 
-Shards are made whole, one after the other: started again after a signal or a kill, the missing ones are made.
+A shard gets its name when it is whole: started again after a signal or a kill, the program makes the missing ones.
 """
 
 import logging

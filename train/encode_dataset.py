@@ -48,7 +48,6 @@ LONGEST_WAIT = timedelta(days=30)  # of ranks that are done for those that are n
 
 def main(config: StoreRun) -> None:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-    share_threads(accelerator, config.speed)
     encode_dataset(config, accelerator)
     accelerator.end_training()
 
@@ -67,6 +66,7 @@ def encode_dataset(config: StoreRun, accelerator: Accelerator) -> bool:
     if config.push_to_hub and accelerator.is_main_process:
         reserve_repository(config.push_to_hub, "dataset")
     if not folder.finished:
+        share_threads(accelerator, config.speed, config.num_workers)
         sources = dict(zip(SPLITS, open_splits(config), strict=True))
         check_readable(sources["train"], config.data)
         if not encode(config, folder, accelerator, tokenizer.to(accelerator.device), sources):

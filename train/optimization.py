@@ -41,12 +41,15 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
     return accelerator
 
 
-def share_threads(accelerator: Accelerator, speed: ThreadSettings) -> None:
-    """On CPU, share the cores out among the ranks; accelerate launch and torchrun leave one thread to each."""
+def share_threads(accelerator: Accelerator, speed: ThreadSettings, num_busy_workers: int = 0) -> None:
+    """On CPU, share the cores out among the ranks, less those that their workers keep busy.
+
+    accelerate launch and torchrun leave one thread to each; more threads than free cores wait for each other.
+    """
     if accelerator.device.type == "cpu":
         num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(speed.threads or max(1, num_cores // num_local_ranks))
+        torch.set_num_threads(speed.threads or max(1, num_cores // num_local_ranks - num_busy_workers))
 
 
 class Optimization:

@@ -27,7 +27,7 @@ from train.config import UserError, launch, to_yaml
 from train.data import dealt_batches
 from train.encode_dataset import encode_dataset, open_tokenizer
 from train.likelihood import Grids, Judge, UnigramCode, as_they_are
-from train.optimization import Optimization, make_accelerator
+from train.optimization import Optimization, make_accelerator, share_threads
 from train.progress import METRICS_NAME, Progress, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import PriorRun, StoreRun
@@ -52,6 +52,7 @@ def main(config: PriorRun) -> None:
     else:
         tokenizer = open_tokenizer(config.tokenizer)
         store = open_store(config, tokenizer, accelerator)
+        share_threads(accelerator, config.speed)
         if store is None or not train(config, folder, accelerator, store, tokenizer.to(accelerator.device)):
             return
     if config.push_to_hub and accelerator.is_main_process:

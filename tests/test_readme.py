@@ -1,6 +1,7 @@
 """The README's commands and programs run as written, at a few steps."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,13 @@ def test_each_program_runs(program, a_finished_run):
 
 
 def test_the_programs_are_found():
-    assert len(PROGRAMS) >= 4
+    assert len(PROGRAMS) >= 3
     assert len(COMMANDS) >= 10
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "--help" not in line])
 def test_the_settings_of_each_command_are_valid(command):
-    program, *arguments = re.sub(r'"', "", command.removeprefix("accelerate launch train/")).split()
+    program, *arguments = shlex.split(command.removeprefix("accelerate launch train/"), comments=True)
     presets = [str(ROOT / each) if each.startswith("train/presets/") else each for each in arguments]
     parse(SETTINGS[program.removesuffix(".py")], presets)
 

@@ -264,6 +264,19 @@ def test_the_store_of_another_tokenizer_is_refused_with_both_fingerprints(made, 
     assert ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint in str(error.value)
 
 
+def test_a_store_without_validation_rows_is_refused(made, tmp_path):
+    for name in ("tokenizer", "pictures"):
+        (tmp_path / name).symlink_to(made / name)
+    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
+    (shard,) = (tmp_path / "tokens").glob("validation-*.parquet")
+    shard.unlink()
+    index = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    index["num_rows"]["validation"] = 0
+    (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no validation rows"):
+        train_here(tmp_path, tmp_path / "run")
+
+
 def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(made, tmp_path):
     for name in ("tokenizer", "pictures"):
         (tmp_path / name).symlink_to(made / name)

@@ -193,6 +193,16 @@ def test_a_folder_with_other_settings_is_refused_with_both_values(changed, undis
     assert error.value.exit_code == 2
 
 
+def test_the_way_out_of_too_many_unreadable_images_is_open(undisturbed, picture_folder, caplog):
+    main(
+        parse(
+            TokenizerRun,
+            [*TINY, f"data={picture_folder}", f"output_dir={undisturbed}", "data_options.max_corrupt_fraction=0.5"],
+        )
+    )
+    assert "holds the finished run" in caplog.text
+
+
 def test_a_folder_that_is_no_run_is_refused(picture_folder, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(Exception, match="is no run of ours"):

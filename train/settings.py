@@ -150,6 +150,7 @@ class TokenizerRun(TrainingRun):
             self.data_options.shuffle_colors = 0.5 if self.data == PHOTOGRAPHS else 0.0
         share = self.data_options.shuffle_colors
         require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
+        self.free_settings = (*self.free_settings, "data_options.max_corrupt_fraction")
         if not self.streaming:  # there the workers share out the rows, and so decide their order
             self.free_settings = (*self.free_settings, "num_workers")
 

@@ -134,6 +134,8 @@ def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Acceler
             return None
         store = TokenStore.open(config.tokens or default.output_dir)
         store.check_tokenizer(tokenizer.fingerprint)
+        if "validation" not in store.splits:
+            raise ValueError("it has no validation rows to measure the prior on; encode data with eval_split=...")
         with torch.device("meta"):
             build_prior(config, store.stamp)
         return store

@@ -85,16 +85,18 @@ def table(program: str) -> str:
 
 
 def with_tables(readme: str) -> str:
-    """The README's text with its tables as the results have them; ValueError where a table has no markers."""
+    """The README's text with its tables as the results have them; ValueError where a table has no place."""
     for program in ROWS:
+        rows = table(program)
         begin, end = f"<!-- {program} results, by benchmarks/tables.py -->", f"<!-- end of {program} results -->"
-        if begin not in readme or end not in readme:
+        if rows and not (begin in readme and end in readme):
             raise ValueError(
                 f"README.md has no place for the {program} table; put {begin} and {end} on their own lines"
             )
-        before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{table(program)}\n{end}{after}"
+        if rows:
+            before, _, rest = readme.partition(begin)
+            _, _, after = rest.partition(end)
+            readme = f"{before}{begin}\n{rows}\n{end}{after}"
     return readme
 
 

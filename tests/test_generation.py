@@ -221,18 +221,20 @@ def test_the_command_names_models_data_and_what_is_not_default():
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused():
-    with pytest.raises(ValueError, match="no place for the training table"):
+    with pytest.raises(ValueError, match="no place for the vqvae table"):
         tables.with_tables("a readme")
 
 
 def test_tables_are_written_between_their_markers_and_nothing_else_changes():
+    with_results = [name for name in tables.ROWS if tables.table(name)]
+    assert with_results
     places = [
-        f"<!-- {name} results, by benchmarks/tables.py -->#<!-- end of {name} results -->" for name in tables.ROWS
+        f"<!-- {name} results, by benchmarks/tables.py -->#<!-- end of {name} results -->" for name in with_results
     ]
     before, middle, after = "begin\n", "\nmiddle\n", "\nend\n"
     filled = tables.with_tables(before + middle.join(place.replace("#", "old") for place in places) + after)
     expected = [
-        place.replace("#", f"\n{tables.table(name)}\n") for place, name in zip(places, tables.ROWS, strict=True)
+        place.replace("#", f"\n{tables.table(name)}\n") for place, name in zip(places, with_results, strict=True)
     ]
     assert filled == before + middle.join(expected) + after
     assert tables.with_tables(filled) == filled

@@ -35,8 +35,7 @@ pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 class AutoregressivePrior(PretrainedModel):
     """A transformer whose input i is token i - 1, and input 0 the class; its output i is the logits of token i.
 
-    Each input also says which place of the grid it predicts: from rotary positions alone that is learned slowly (0.12
-    bits per token behind after 500 steps on MNIST).
+    Each input also says which place of the grid it predicts: from rotary positions alone that is learned slowly.
 
     Class labels are dropped at random in training (`class_dropout`): the null class that stands for them, the last row
     of the class embedding, is what guidance moves away from, and the only class of an unconditional prior.

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
-from prior import AutoregressivePrior
+from prior import AutoregressivePrior, transformer
 from tokenizer import ImageTokenizer
 from train.checkpoint import RunFolder
 from train.config import UserError, launch, parse
@@ -164,9 +165,16 @@ def test_accumulated_batches_equal_one_batch(made, tmp_path):
         torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("variant", [["speed.activation_checkpointing=true"]])
-def test_what_only_saves_memory_changes_nothing(variant, undisturbed, made, tmp_path):
-    tensors, plain = train_here(made, tmp_path / "run", *variant), load_file(undisturbed / "model.safetensors")
+def test_activation_checkpointing_is_really_on_and_changes_nothing(undisturbed, made, tmp_path, monkeypatch):
+    plain, used = load_file(undisturbed / "model.safetensors"), []
+
+    def counted(*arguments, **options):
+        used.append(None)
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(transformer, "checkpoint", counted)
+    tensors = train_here(made, tmp_path / "run", "speed.activation_checkpointing=true")
+    assert len(used) == 10 * 2  # steps, blocks
     for key in plain:
         torch.testing.assert_close(tensors[key], plain[key], rtol=1e-3, atol=1e-5, msg=key)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from tokenizer import TokenizerConfig
 
-PHOTOGRAPHS = "photographs"  # the embedded ones, see train/data.py
+PHOTOGRAPHS = "photographs"  # the embedded ones, see train/sources.py
 
 
 @dataclass

@@ -52,7 +52,7 @@ def main(config: PriorRun) -> None:
     else:
         tokenizer = open_tokenizer(config.tokenizer)
         store = open_store(config, tokenizer, accelerator)
-        share_threads(accelerator, config.speed)
+        share_threads(accelerator, config.speed)  # again: writing the store left some to its workers
         if store is None or not train(config, folder, accelerator, store, tokenizer.to(accelerator.device)):
             return
     if config.push_to_hub and accelerator.is_main_process:
@@ -67,6 +67,7 @@ def train(
     """Train to the end, or to a signal; whether the end was reached."""
     set_seed(config.seed)
     prior = build_prior(config, store.stamp).to(accelerator.device)
+    prior.transformer.activation_checkpointing = config.speed.activation_checkpointing
     set_seed(config.seed, device_specific=True)  # what is dropped differs from rank to rank
     optimization = Optimization(prior, config, accelerator, folder)
     grids = Grids(store.rows("train"), conditional=bool(prior.config.num_classes))

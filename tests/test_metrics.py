@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from skimage.metrics import structural_similarity
 
-from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
+from tokenizer.metrics import bits_per_pixel, ms_ssim, perplexity, psnr, ssim, usage
 
 UNIT = st.floats(0, 1, width=32)
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=40).filter(any)
@@ -38,6 +39,85 @@ def test_psnr_of_equal_images_is_infinite_and_of_the_opposite_0():
     assert psnr(black, 1 - black).tolist() == [0.0]
 
 
+def noisy_pair(size, seed=0, noise=0.2):
+    """A smooth picture, and itself with noise, (2, 3, *size) each."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
+    return (smooth + noise * torch.randn(smooth.shape, generator=generator)).clamp(0, 1), smooth
+
+
+@pytest.mark.parametrize("size", [(11, 11), (32, 32), (47, 20)])
+def test_ssim_equals_scikit_image_at_the_settings_of_the_paper(size):
+    images, references = noisy_pair(size)
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    expected = [
+        structural_similarity(x.double().numpy(), y.double().numpy(), channel_axis=0, **settings)
+        for x, y in zip(images, references, strict=True)
+    ]
+    scores = ssim(images, references)
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def plain_terms(x, y):
+    """Mean contrast and mean similarity of two planes, window by window."""
+    places = np.arange(11) - 5
+    window = np.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
+    window /= window.sum()
+    contrasts, similarities = [], []
+    for row in range(x.shape[0] - 10):
+        for column in range(x.shape[1] - 10):
+            a, b = x[row : row + 11, column : column + 11], y[row : row + 11, column : column + 11]
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            variance_a, variance_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
+            covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+            contrast = (2 * covariance + 0.0009) / (variance_a + variance_b + 0.0009)
+            contrasts.append(contrast)
+            similarities.append(contrast * (2 * mean_a * mean_b + 0.0001) / (mean_a**2 + mean_b**2 + 0.0001))
+    return np.mean(contrasts), np.mean(similarities)
+
+
+def test_ms_ssim_equals_a_plain_computation():
+    images, references = noisy_pair((180, 177))
+    x, y = images[0, :1].double().numpy()[0], references[0, :1].double().numpy()[0]
+    expected = 1.0
+    for scale, weight in enumerate([0.0448, 0.2856, 0.3001, 0.2363, 0.1333]):
+        contrast, similarity = plain_terms(x, y)
+        expected *= (similarity if scale == 4 else contrast) ** weight
+        x, y = (
+            plane[: plane.shape[0] // 2 * 2, : plane.shape[1] // 2 * 2]
+            .reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2)
+            .mean((1, 3))
+            for plane in (x, y)
+        )
+    assert ms_ssim(images[:1, :1], references[:1, :1]).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_ms_ssim_is_the_mean_over_channels_and_a_negative_contrast_counts_as_0():
+    images, references = noisy_pair((176, 176))
+    single = [ms_ssim(images[:, [channel]], references[:, [channel]]) for channel in range(3)]
+    torch.testing.assert_close(ms_ssim(images, references), torch.stack(single).mean(0))
+    assert ms_ssim(1 - images, images).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("measure", [ssim, ms_ssim])
+def test_similarity_is_1_for_equal_images_symmetric_and_falls_with_noise(measure):
+    little, smooth = noisy_pair((176, 180), noise=0.05)
+    much, _ = noisy_pair((176, 180), noise=0.3)
+    torch.testing.assert_close(measure(smooth, smooth), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(measure(little, smooth), measure(smooth, little))
+    assert (measure(much, smooth) < measure(little, smooth)).all()
+
+
+@pytest.mark.parametrize(("measure", "smallest"), [(ssim, 11), (ms_ssim, 176)])
+def test_similarity_refuses_pictures_smaller_than_its_windows(measure, smallest):
+    small = torch.zeros(1, 3, smallest - 1, smallest)
+    with pytest.raises(ValueError, match=f"{smallest - 1} x {smallest} must have sides of {smallest}: "):
+        measure(small, small)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, ms_ssim])
 @pytest.mark.parametrize(
     ("images", "references", "message"),
     [
@@ -54,9 +134,9 @@ def test_psnr_of_equal_images_is_infinite_and_of_the_opposite_0():
         (torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4).byte(), "references of torch.uint8 .* divide uint8 by 255"),
     ],
 )
-def test_psnr_refuses_what_is_no_pair_of_images(images, references, message):
+def test_each_measure_refuses_what_is_no_pair_of_images(measure, images, references, message):
     with pytest.raises(ValueError, match=message):
-        psnr(images, references)
+        measure(images, references)
 
 
 @settings(deadline=None)

@@ -3,13 +3,27 @@
 Shapes: B batch, C channels, H W sides.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .features import PerceptualDistance
 from .settings import LossSettings
 
 
-def reconstruction_losses(reconstructions: Tensor, images: Tensor, settings: LossSettings) -> dict[str, Tensor]:
-    """The error of (B, C, H, W) reconstructions, mean over all values, in float32, by its name."""
-    error = reconstructions.float() - images
-    value = error.abs().mean() if settings.reconstruction == "l1" else error.square().mean()
-    return {settings.reconstruction: settings.reconstruction_weight * value}
+class ReconstructionLoss(nn.Module):
+    """How far reconstructions are from their images: in pixels, and in the features of a network where asked for."""
+
+    def __init__(self, settings: LossSettings):
+        super().__init__()
+        self.settings = settings
+        self.perceptual = PerceptualDistance(settings.perceptual) if settings.perceptual else None
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Weighted means over (B, C, H, W) reconstructions, in float32, by the name of the term."""
+        settings, reconstructions = self.settings, reconstructions.float()
+        error = reconstructions - images
+        value = error.abs().mean() if settings.reconstruction == "l1" else error.square().mean()
+        losses = {settings.reconstruction: settings.reconstruction_weight * value}
+        if self.perceptual is not None:
+            distances = self.perceptual(reconstructions, images)
+            losses["perceptual"] = settings.perceptual_weight * distances.mean()
+        return losses

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from tokenizer import TokenizerConfig
 
 PHOTOGRAPHS = "photographs"  # the embedded ones, see train/sources.py
+SMALLEST_PERCEPTUAL = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side that leave LPIPS's last layer something
 
 
 @dataclass
@@ -47,6 +48,8 @@ class DataSettings(SourceSettings):
 class LossSettings:
     reconstruction: Literal["l1", "l2"] = "l2"  # on the [0, 1] scale, mean over pixels and channels
     reconstruction_weight: float = 10.0  # against the losses of the quantizer
+    perceptual: Literal["vgg", "alex", "squeeze"] | None = None  # LPIPS by that network, downloaded when first used
+    perceptual_weight: float = 1.0  # of LPIPS, mean over the images
 
 
 @dataclass
@@ -148,6 +151,12 @@ class TokenizerRun(TrainingRun):
         require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
         if self.data_options.shuffle_colors is None:
             self.data_options.shuffle_colors = 0.5 if self.data == PHOTOGRAPHS else 0.0
+        smallest = SMALLEST_PERCEPTUAL.get(self.loss.perceptual, 1)
+        require(
+            self.image_size >= smallest,
+            f"image_size={self.image_size}",
+            f"be >= {smallest} for loss.perceptual={self.loss.perceptual}; vgg takes the smallest pictures, from 16 on",
+        )
         share = self.data_options.shuffle_colors
         require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
         self.free_settings = (*self.free_settings, "data_options.max_corrupt_fraction")

@@ -17,7 +17,7 @@ from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
 from train.checkpoint import RunFolder
 from train.config import RunError, UserError, launch, to_yaml
 from train.data import evaluation_batches, training_batches
-from train.losses import reconstruction_losses
+from train.losses import ReconstructionLoss
 from train.optimization import Optimization, make_accelerator
 from train.progress import METRICS_NAME, TOKENS_PER_CODE, Progress, UsageWindow, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
@@ -58,6 +58,8 @@ def train(
     set_seed(config.seed)
     tokenizer = ImageTokenizer(config.model).to(accelerator.device)
     optimization = Optimization(tokenizer, config, accelerator, folder)
+    with accelerator.local_main_process_first():  # it alone downloads
+        reconstruction_loss = ReconstructionLoss(config.loss).to(accelerator.device)
     window = UsageWindow(tokenizer.vocab_size)
     accelerator.register_for_checkpointing(window)
 
@@ -79,7 +81,7 @@ def train(
                 images = images.float() / 255
                 with accelerator.accumulate(optimization.model):
                     output = optimization.model(images)
-                    losses = reconstruction_losses(output.reconstructions, images, config.loss) | output.losses
+                    losses = reconstruction_loss(output.reconstructions, images) | output.losses
                     accelerator.backward(sum(losses.values()))
                 window.add(output.tokens)
                 num_images += len(images) * accelerator.num_processes

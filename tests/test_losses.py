@@ -1,0 +1,128 @@
+"""Losses by hand; the perceptual one on a network with made-up weights, which is found as a downloaded one would be."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from test_vqvae import train_here
+
+from train.config import UserError, parse
+from train.features import PerceptualDistance, weights_hash
+from train.losses import ReconstructionLoss
+from train.settings import SMALLEST_PERCEPTUAL, LossSettings, TokenizerRun
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """A torch home without any weights, on a machine that reaches no server."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def squeeze_home(empty_home):
+    torch.manual_seed(7)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
+    return empty_home
+
+
+def images_of(seed: int, channels: int = 3) -> torch.Tensor:
+    return torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("reconstruction", "expected"), [("l1", 3 * 0.2), ("l2", 3 * 0.04)])
+def test_pixel_losses_are_weighted_means_over_all_values(reconstruction, expected):
+    loss = ReconstructionLoss(LossSettings(reconstruction=reconstruction, reconstruction_weight=3.0))
+    images = torch.full((2, 3, 4, 4), 0.5)
+    losses = loss(images + 0.2, images)
+    assert losses.keys() == {reconstruction}
+    assert losses[reconstruction].item() == pytest.approx(expected)
+
+
+def test_perceptual_loss_is_the_weighted_mean_of_the_distances_and_leaves_the_pixel_loss_alone(squeeze_home):
+    loss = ReconstructionLoss(LossSettings(perceptual="squeeze", perceptual_weight=0.5))
+    one, two = images_of(1), images_of(2)
+    losses = loss(one, two)
+    assert losses.keys() == {"l2", "perceptual"}
+    torch.testing.assert_close(losses["perceptual"], 0.5 * loss.perceptual(one, two).mean())
+    torch.testing.assert_close(losses["l2"], ReconstructionLoss(LossSettings())(one, two)["l2"])
+
+
+def test_perceptual_distance_is_0_for_equal_pictures_symmetric_and_of_each_picture(squeeze_home):
+    distance = PerceptualDistance("squeeze")
+    one, two = images_of(1), images_of(2)
+    assert distance(one, one).tolist() == [0.0, 0.0]
+    assert (distance(one, two) > 0).all()
+    torch.testing.assert_close(distance(one, two), distance(two, one))
+    torch.testing.assert_close(distance(one, two)[1:], distance(one[1:], two[1:]))
+
+
+def test_perceptual_distance_of_grey_pictures_is_that_of_equal_colours(squeeze_home):
+    distance = PerceptualDistance("squeeze")
+    one, two = images_of(1, channels=1), images_of(2, channels=1)
+    torch.testing.assert_close(distance(one, two), distance(one.repeat(1, 3, 1, 1), two.repeat(1, 3, 1, 1)))
+
+
+def test_perceptual_network_gives_gradients_to_the_pictures_and_learns_nothing_itself(squeeze_home):
+    loss = ReconstructionLoss(LossSettings(perceptual="squeeze")).train()
+    reconstructions = images_of(1).bfloat16().requires_grad_()
+    perceptual = loss(reconstructions, images_of(2))["perceptual"]
+    perceptual.backward()
+    assert perceptual.dtype == torch.float32
+    assert reconstructions.grad.abs().sum() > 0
+    assert not any(weight.requires_grad for weight in loss.perceptual.parameters())
+    assert not any(module.training for module in loss.perceptual.modules())
+
+
+@pytest.mark.parametrize("content", [None, b"not weights", b""])
+def test_weights_that_cannot_be_had_are_an_error_with_the_file_and_its_place(empty_home, content):
+    if content is not None:
+        (empty_home / SQUEEZE_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=f"https://download.pytorch.org/models/{SQUEEZE_FILE} into {empty_home}/"):
+        PerceptualDistance("squeeze")
+
+
+def test_the_hash_of_a_network_tells_its_weights_apart(squeeze_home):
+    network = PerceptualDistance("squeeze")
+    assert weights_hash(network) == weights_hash(PerceptualDistance("squeeze"))
+    before = weights_hash(network)
+    next(network.parameters()).data[0] += 1
+    assert weights_hash(network) != before
+
+
+@pytest.mark.parametrize("network", SMALLEST_PERCEPTUAL)
+def test_crops_too_small_for_the_perceptual_network_are_refused_at_launch(network):
+    smallest = SMALLEST_PERCEPTUAL[network]
+    parse(TokenizerRun, [f"loss.perceptual={network}", f"image_size={smallest}"])
+    with pytest.raises(UserError, match=f"image_size={smallest - 1} must be >= {smallest} for loss.perceptual"):
+        parse(TokenizerRun, [f"loss.perceptual={network}", f"image_size={smallest - 1}"])
+
+
+def test_the_smallest_sides_are_those_that_the_networks_take():
+    import lpips
+
+    for name, smallest in SMALLEST_PERCEPTUAL.items():
+        network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
+        assert network(*torch.zeros(2, 1, 3, smallest, smallest)).isfinite().all()
+        with pytest.raises(RuntimeError, match="too small|Kernel size"):
+            network(*torch.zeros(2, 1, 3, smallest - 1, smallest - 1))
+
+
+def test_a_run_with_the_perceptual_loss_logs_it_and_exports_the_tokenizer_alone(picture_folder, squeeze_home, tmp_path):
+    size = ["image_size=20", "model.autoencoder.patch_size=4"]
+    plain = train_here(picture_folder, tmp_path / "plain", *size)
+    settings = [*size, "loss.perceptual=squeeze", "loss.perceptual_weight=3.0"]
+    perceptual = train_here(picture_folder, tmp_path / "perceptual", *settings)
+    assert plain.keys() == perceptual.keys()
+    assert any(not torch.equal(plain[key], perceptual[key]) for key in plain)
+    lines = [json.loads(line) for line in (tmp_path / "perceptual" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["perceptual"] > 0 for line in lines if "l2" in line)

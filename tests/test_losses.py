@@ -107,6 +107,7 @@ def test_crops_too_small_for_the_perceptual_network_are_refused_at_launch(networ
         parse(TokenizerRun, [f"loss.perceptual={network}", f"image_size={smallest - 1}"])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # lpips calls torchvision by an old name of a setting
 def test_the_smallest_sides_are_those_that_the_networks_take():
     import lpips
 

@@ -34,12 +34,7 @@ class PerceptualDistance(nn.Module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision by an old name of a setting
                 self.lpips = lpips.LPIPS(net=network, verbose=False)
-        except (
-            OSError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            EOFError,
-        ) as error:  # no connection, no such file there, or not the file it should be
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:  # no connection, or a spoilt file
             raise UserError(
                 f"the {network} weights of LPIPS cannot be loaded ({' '.join(str(error).split())[:200]}); "
                 f"put {weights.url} into {torch.hub.get_dir()}/checkpoints/ (TORCH_HOME moves that)"

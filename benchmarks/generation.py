@@ -11,8 +11,7 @@ Writes results/generation_NAME.json and docs/NAME_samples.png, docs/NAME_neighbo
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch
 from classifier import DESCRIPTION, Classifier, accuracy, predict, train_classifier
 from labelled_images import LabelledImages, read_images
 from neighbours import distances_of, nearest
-from recording import ROOT, record
+from recording import ROOT, command_line, num_parameters, record, refusals, tell
 from torch import Tensor
 
 from prior import AutoregressivePrior
 from tokenizer import ImageTokenizer
-from train.config import UserError, differences, launch
+from train.config import UserError, launch
 from train.progress import save_sheet
 from train.settings import SourceSettings, at_least_one, require
 from train.sources import open_splits, reading
@@ -90,20 +89,6 @@ def main(name: str, config: GenerationRun, root: Path = ROOT) -> None:
         **speed,
     }
     record(f"generation_{name}", figures, root)
-
-
-def tell(progress: str) -> None:
-    """What the program is about to do, on stderr."""
-    print(progress, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """A UserError in place of what a model refuses."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def load_models(config: GenerationRun, device: torch.device) -> tuple[AutoregressivePrior, ImageTokenizer]:
@@ -266,18 +251,10 @@ def protocol_of(
     }
 
 
-def num_parameters(model: torch.nn.Module) -> int:
-    """Trained numbers of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def command_of(name: str, config: GenerationRun) -> str:
     """The command that measures the same."""
-    ours, defaults = config.public(), GenerationRun().public()
-    always = [f"{key}={ours[key]}" for key in ("prior", "tokenizer", "data")]
-    changed = {key: value for key, (value, _) in differences(ours, defaults).items()}
-    others = [f"{key}={value}" for key, value in changed.items() if key not in ("prior", "tokenizer", "data")]
-    return " ".join(["python benchmarks/generation.py", name, *always, *others])
+    always = ("prior", "tokenizer", "data")
+    return command_line("generation", name, config.public(), GenerationRun().public(), always)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Labelled images in memory: read from any source of the training programs, all brought to one square.
+"""Pictures in memory: read from any source of the training programs, all brought to one square.
 
 Shapes: N images, C channels, S side in pixels.
 """
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +36,21 @@ class LabelledImages:
     @property
     def content_hash(self) -> str:
         """sha256 (hex) over the shape, the pixels and the labels, in their order."""
-        digest = hashlib.sha256(str(tuple(self.pixels.shape)).encode())
-        for tensor in (self.pixels, self.labels):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return content_hash(self.pixels, self.labels)
+
+
+def content_hash(pixels: Tensor, *others: Tensor) -> str:
+    """sha256 (hex) over the shape of the pixels and the values of all, in their order."""
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    for tensor in (pixels, *others):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_pictures(source: ImageSource, channels: int, side: int, limit: int) -> Tensor:
+    """The first pictures of a split, (N, C, S, S) uint8, N at most `limit`; raises whatever decoding raises."""
+    rows = islice(source.rows, limit)
+    return torch.stack([square(source, row, channels, side) for row in rows])
 
 
 def read_images(source: ImageSource, channels: int, side: int) -> LabelledImages:
@@ -52,6 +65,11 @@ def read_images(source: ImageSource, channels: int, side: int) -> LabelledImages
             raise UserError(
                 f"{source.name(row)} has no class; name a split where all have one: split=... eval_split=..."
             )
-        pixels.append(pil_to_tensor(prepare_pil(source.image(row), channels, 1, side)))
+        pixels.append(square(source, row, channels, side))
         labels.append(label)
     return LabelledImages(torch.stack(pixels), torch.tensor(labels))
+
+
+def square(source: ImageSource, row: dict[str, Any], channels: int, side: int) -> Tensor:
+    """The picture of a row (C, S, S) uint8: its short side brought to `side` and the centred square cut out."""
+    return pil_to_tensor(prepare_pil(source.image(row), channels, 1, side))

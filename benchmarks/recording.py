@@ -1,15 +1,52 @@
-"""What every program of benchmarks/ records beside its figures, and where: results/*.json."""
+"""What every program of benchmarks/ does around its measuring: tell, refuse, and record into results/*.json."""
 
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from train.config import UserError, differences
+
 ROOT = Path(__file__).parents[1]
+
+
+def tell(progress: str) -> None:
+    """What the program is about to do, on stderr."""
+    print(progress, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """A UserError in place of what a model refuses."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def command_line(
+    program: str, name: str, settings: dict[str, Any], defaults: dict[str, Any], always: tuple[str, ...]
+) -> str:
+    """The command that measures the same: the settings in `always`, then those that are not the defaults."""
+    changed = {key: value for key, (value, _) in differences(settings, defaults).items() if key not in always}
+    given = {key: settings[key] for key in always} | changed
+    words = [
+        f"{key}={','.join(value).join('[]') if isinstance(value, list) else value}" for key, value in given.items()
+    ]
+    return " ".join([f"python benchmarks/{program}.py", name, *words])
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Trained numbers of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def record(name: str, figures: dict[str, object], root: Path = ROOT) -> None:

@@ -66,6 +66,30 @@ def generation_row(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits."""
+    return [
+        cells
+        for row in result["rows"]
+        if "quality" not in row
+        for cells in (
+            reconstruction_cells(
+                row["name"], row["bits_per_pixel"], {each: row[each]["mean"] for each in MEASURES if each in row}
+            ),
+            *(
+                reconstruction_cells(f"{codec} at those bits", row["bits_per_pixel"], means or {})
+                for codec, means in row["codecs_at_the_same_bits"].items()
+            ),
+        )
+    ]
+
+
+def reconstruction_cells(name: str, bits: float, means: dict[str, float]) -> dict[str, str]:
+    """One line of the comparison; a codec without means cannot make files of that size."""
+    cells = {title: digits.format(means[each]) if each in means else "-" for each, (title, digits) in MEASURES.items()}
+    return {"what": name, "bits per pixel": f"{bits:.3f}"} | cells
+
+
 def hardware(result: dict[str, Any]) -> str:
     """What the figures were measured on."""
     if result["device"] != "cpu":
@@ -77,7 +101,8 @@ def hardware(result: dict[str, Any]) -> str:
 def table(program: str) -> str:
     """A row per record of a program, in the order of their names; nothing where there is none."""
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"{program}_*.json"))
-    rows = [ROWS[program](json.loads(path.read_text())) for path in paths]
+    made = [ROWS[program](json.loads(path.read_text())) for path in paths]
+    rows = [row for each in made for row in (each if isinstance(each, list) else [each])]
     if not rows:
         return ""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
@@ -100,11 +125,14 @@ def with_tables(readme: str) -> str:
     return readme
 
 
+MEASURES = {"psnr": ("PSNR", "{:.2f} dB"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}")}
+
 ROWS = {
     "vqvae": tokenizer_row,
     "encode_dataset": store_row,
     "token_prior": prior_row,
     "generation": generation_row,
+    "reconstruction": reconstruction_rows,
 }
 
 if __name__ == "__main__":

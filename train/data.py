@@ -84,7 +84,7 @@ class MappedCrops(torch.utils.data.Dataset):
     def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor, list[Unreadable]]:
         epoch, index = sample
         corrupt: list[Unreadable] = []
-        for candidate in (*range(index, len(self)), *range(index)):  # the next readable one stands in
+        for candidate in itertools.chain(range(index, len(self)), range(index)):  # the next readable one stands in
             try:
                 return self.maker.crop(self.picture(candidate), epoch, index), corrupt
             except Exception as error:  # a decoder may raise anything on damaged bytes

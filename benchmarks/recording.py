@@ -2,10 +2,12 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -32,16 +34,27 @@ def refusals() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
+def public_settings(config: Any) -> dict[str, Any]:
+    """The settings of a program for its record, the data by its public name, the setting `named`."""
+    settings = asdict(config)
+    return settings | {"data": settings.pop("named") or config.data}
+
+
 def command_line(
     program: str, name: str, settings: dict[str, Any], defaults: dict[str, Any], always: tuple[str, ...]
 ) -> str:
     """The command that measures the same: the settings in `always`, then those that are not the defaults."""
     changed = {key: value for key, (value, _) in differences(settings, defaults).items() if key not in always}
     given = {key: settings[key] for key in always} | changed
-    words = [
-        f"{key}={','.join(value).join('[]') if isinstance(value, list) else value}" for key, value in given.items()
-    ]
+    words = [shlex.quote(f"{key}={as_yaml(value)}") for key, value in given.items()]
     return " ".join([f"python benchmarks/{program}.py", name, *words])
+
+
+def as_yaml(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    if not isinstance(value, list):
+        return str(value)
+    return f"[{','.join(json.dumps(each) if ' ' in str(each) else str(each) for each in value)}]"
 
 
 def num_parameters(model: torch.nn.Module) -> int:

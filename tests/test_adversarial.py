@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from conftest import tiny_config
 from processes import TWO_RANKS, assert_close_runs, assert_same, records, run
 from safetensors.torch import load_file
-from test_losses import empty_home, squeeze_home  # noqa: F401
 from test_vqvae import assert_resumes_to_the_bit, command, train_here
 
 from tokenizer import ImageTokenizer
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SMALL = ["adversarial.base_channels=4", "adversarial.num_layers=1"]
 HINGE = ["adversarial.loss=hinge", "adversarial.start_step=3", "adversarial.ramp_steps=2", *SMALL]
 SELDOM = ["eval_every=10", "save_every=10"]
-EVERY_TERM = [*HINGE, *SELDOM, "image_size=18", "loss.perceptual=squeeze", "loss.reconstruction=gaussian"]
+EVERY_TERM = [*HINGE, *SELDOM, "image_size=20", "loss.perceptual=squeeze", "loss.reconstruction=gaussian"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_a_run_with_every_network_resumes_to_the_bit(settings, picture_folder, t
     assert_resumes_to_the_bit(picture_folder, [*HINGE, *settings], tmp_path, monkeypatch)
 
 
-def test_two_ranks_equal_one_with_twice_the_batch_with_every_term(picture_folder, squeeze_home, tmp_path):  # noqa: F811
+def test_two_ranks_equal_one_with_twice_the_batch_with_every_term(picture_folder, squeeze_home, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_here(picture_folder, one, "batch_size=8", *EVERY_TERM)
     home = str(squeeze_home.parents[1])
@@ -242,7 +241,7 @@ def test_two_ranks_equal_one_with_twice_the_batch_with_every_term(picture_folder
         assert told[0] == pytest.approx(told[1], rel=1e-3, abs=1e-4)
 
 
-def test_accumulated_batches_equal_one_batch_with_every_term(picture_folder, squeeze_home, tmp_path):  # noqa: F811
+def test_accumulated_batches_equal_one_batch_with_every_term(picture_folder, squeeze_home, tmp_path):
     settings = [*EVERY_TERM, "model.quantizer.placement=1"]
     train_here(picture_folder, tmp_path / "whole", "batch_size=8", *settings)
     train_here(picture_folder, tmp_path / "halves", "optimizer.accumulation_steps=2", *settings)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -35,10 +36,13 @@ class Adversary:
         self.last_kernel, self.accelerator = last_kernel, accelerator
         self.of_discriminator, self.of_tokenizer = GAMES[settings.loss]
         self.num_steps = 0
-        self.mean_logits = torch.zeros(2, device=accelerator.device)  # moving averages, of images and reconstructions
-        self.logits = torch.zeros(2, device=accelerator.device)  # those of the last step alone
+        # Of images and of reconstructions; before anything is known 0, undecided.
+        self.mean_logits = torch.zeros(2, device=accelerator.device)  # moving averages, LeCam's anchors
+        self.logits = torch.zeros(2, device=accelerator.device)  # of the last step alone
         # Measured in one step, used in the next: the discriminator is a step ahead of what it asks.
         self.adaptive_weight = torch.tensor(0.0 if settings.adaptive else 1.0, device=accelerator.device)
+        if settings.adaptive:  # a compiled tokenizer must keep its buffers: its graph is walked three times
+            functorch_config.donated_buffer = False
         self.discard()
         accelerator.register_for_checkpointing(self)
 
@@ -59,17 +63,16 @@ class Adversary:
         weights = {name: weight.detach() for name, weight in network.named_parameters()}
         loss = self.of_tokenizer(functional_call(network, weights, (reconstructions,)).float())
         if self.settings.adaptive:
-            pair = [
-                torch.autograd.grad(term, self.last_kernel, retain_graph=True) for term in (reconstruction_loss, loss)
-            ]
-            self.gradients = self.gradients + torch.stack([gradient.flatten() for (gradient,) in pair]).float()
+            for total, term in zip(self.gradients, (reconstruction_loss, loss), strict=True):
+                (gradient,) = torch.autograd.grad(term, self.last_kernel, retain_graph=True)
+                total += gradient.flatten()
         return {"adversarial": self.settings.weight * self.ramp(step) * self.adaptive_weight * loss}
 
     def discriminator_losses(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
         """The terms from which the discriminator learns: (B, C, H, W) twice, and no gradient reaches the tokenizer."""
         real, fake = self.discriminator.model(torch.cat([images, reconstructions.detach()])).float().chunk(2)
         self.num_batches += 1
-        self.batch_logits = self.batch_logits + torch.stack([real.mean(), fake.mean()]).detach()
+        self.batch_logits += torch.stack([real.mean(), fake.mean()]).detach()
         losses = {"discriminator": self.of_discriminator(real, fake)}
         if self.settings.lecam_weight:
             losses["lecam"] = self.settings.lecam_weight * lecam(real, fake, self.mean_logits)

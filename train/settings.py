@@ -70,13 +70,13 @@ class LossSettings:
 
 @dataclass
 class AdversarialSettings:
-    loss: Literal["hinge", "non_saturating"] | None = None  # of a patch discriminator; null: there is none
-    weight: float = 0.1  # of what it asks of the tokenizer
+    loss: Literal["hinge", "non_saturating"] | None = None  # of a patch discriminator (PatchGAN); null: there is none
+    weight: float = 0.1  # of the tokenizer's loss against it
     adaptive: bool = True  # times |gradient of the reconstruction losses| / |its own| at the decoder's last kernel
     max_adaptive_weight: float = 1e4  # that ratio is at most this
-    start_step: int | None = None  # steps that come before the discriminator; default steps // 2
-    ramp_steps: int | None = None  # in which `weight` then rises from 0; default steps // 20
-    lecam_weight: float = 0.001  # draws its judgements of real and of false towards each other's mean; 0: not
+    start_step: int | None = None  # steps before the discriminator begins to learn; default steps // 2
+    ramp_steps: int | None = None  # steps in which `weight` then rises from 0; default steps // 20
+    lecam_weight: float = 0.001  # of LeCam, which holds its logits near the mean of the other side; 0: none
     lecam_decay: float = 0.99  # per step, of these means
     learning_rate: float = 2e-4  # highest, of the discriminator; same schedule
     beta1: float = 0.5  # AdamW's memory of its gradients; beta2 is optimizer.beta2

@@ -264,6 +264,10 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
     records = map(json.loads, read_lines(folder.path / METRICS_NAME))
     metrics = [record for record in records if "psnr" in record][-1]
     step = metrics.pop("step")
+    costs = (
+        " `distortion_bits_per_dimension`: -log2 p of the 8-bit pixels under a Gaussian of deviation `sigma` about "
+        "decode(encode(x)), per channel of a pixel; `total_bits_per_dimension`: with the tokens at a uniform code."
+    )
     return ModelCard(
         license=config.card.license,
         data=config.card.data or config.data,
@@ -273,6 +277,7 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
             f"After {step} steps. `psnr`: dB, mean over whole validation pictures ({config.eval_split or 'validation'} "
             f"of `{config.data}`), of decode(encode(x)). `usage` (share of codes seen) and `perplexity`: on training "
             f"crops of {config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
+            f"{costs if 'sigma' in metrics else ''}"
         ),
         settings=to_yaml(config),
         sample=folder.sample(step),

@@ -16,6 +16,8 @@ from tokenizer import ImageTokenizer, TokenizerConfig
 
 torch.set_num_threads(1)
 
+SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"  # as torchvision names it
+
 TINY_AUTOENCODER = {
     "name": "convolutional",
     "patch_size": 1,
@@ -64,3 +66,24 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """A torch home without any weights, on a machine that reaches no server."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def squeeze_home(empty_home):
+    """The same with made-up weights where LPIPS looks for those of SqueezeNet."""
+    import torchvision  # only the tests of losses need it
+
+    torch.manual_seed(7)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
+    return empty_home

@@ -1,38 +1,20 @@
 """Losses by hand; the perceptual one on a network with made-up weights, which is found as a downloaded one would be."""
 
 import json
+import math
 
 import pytest
 import torch
-import torchvision
+from conftest import SQUEEZE_FILE
+from processes import records
 from test_vqvae import train_here
 
 from train.config import UserError, parse
 from train.features import PerceptualDistance, weights_hash
-from train.losses import ReconstructionLoss
+from train.losses import FIRST_SIGMA, Deviation, ReconstructionLoss, gaussian_nats
 from train.settings import SMALLEST_PERCEPTUAL, LossSettings, TokenizerRun
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
-
-
-@pytest.fixture
-def empty_home(tmp_path, monkeypatch):
-    """A torch home without any weights, on a machine that reaches no server."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def squeeze_home(empty_home):
-    torch.manual_seed(7)
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
-    return empty_home
 
 
 def images_of(seed: int, channels: int = 3) -> torch.Tensor:
@@ -48,13 +30,97 @@ def test_pixel_losses_are_weighted_means_over_all_values(reconstruction, expecte
     assert losses[reconstruction].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("sigma", [0.003, 0.03, 0.3, 3.0])
+def test_gaussian_nats_are_those_of_8_bit_pixels_under_the_normal_distribution_of_torch(sigma):
+    pixels = torch.arange(256) / 255
+    images, means = torch.meshgrid(pixels, torch.linspace(-0.1, 1.1, 50), indexing="ij")
+    normal = torch.distributions.Normal(means.double(), sigma)
+    at_most = normal.cdf(images.double() + 0.5 / 255)
+    at_most[-1] = 1  # the last value takes all that is above
+    probabilities = at_most.diff(dim=0, prepend=torch.zeros(1, 50, dtype=torch.float64))
+    nats = gaussian_nats(images, means, torch.tensor(sigma))
+    likely = probabilities > 1e-6  # below, the difference of two cumulative probabilities is rounding
+    torch.testing.assert_close(nats[likely].double(), -probabilities[likely].log(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((-nats.double()).exp().sum(dim=0), torch.ones(50).double(), rtol=0, atol=1e-4)
+    assert (nats >= 0).all()
+
+
+def test_gaussian_nats_and_their_gradients_stay_finite_far_from_the_mean():
+    images = torch.tensor([0.0, 1.0, 128 / 255, 128 / 255])
+    means = torch.tensor([3.0, -3.0, 3.0, -3.0], requires_grad=True)
+    sigma = torch.tensor(0.001, requires_grad=True)
+    nats = gaussian_nats(images, means, sigma)
+    nats.sum().backward()
+    assert nats.isfinite().all()
+    assert (means.grad * torch.tensor([1, -1, 1, -1]) > 0).all()  # descent leads back to the image
+    assert sigma.grad < 0
+
+
+def test_gaussian_loss_is_the_weighted_mean_in_nats_and_its_sigma_learned_or_fixed():
+    settings = LossSettings(reconstruction="gaussian", reconstruction_weight=2.0)
+    images = (255 * images_of(1)).round() / 255
+    loss = ReconstructionLoss(settings)
+    losses = loss(images_of(2), images)
+    assert losses.keys() == {"gaussian"}
+    expected = gaussian_nats(images, images_of(2), torch.tensor(FIRST_SIGMA))
+    torch.testing.assert_close(losses["gaussian"], 2 * expected.mean())
+    torch.testing.assert_close(loss.nats(images_of(2), images), expected.mean(dim=(1, 2, 3)))
+    losses["gaussian"].backward()
+    assert loss.deviation.log_sigma.grad != 0
+    fixed = ReconstructionLoss(LossSettings(reconstruction="gaussian", reconstruction_weight=2.0, sigma=0.05))
+    assert fixed.deviation().item() == pytest.approx(0.05)
+    assert not any(weight.requires_grad for weight in fixed.parameters())
+
+
+def test_a_learned_sigma_comes_to_the_root_of_the_mean_squared_error():
+    images = torch.full((1, 3, 64, 64), 128 / 255)
+    reconstructions = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    deviation = Deviation()
+    optimizer = torch.optim.Adam(deviation.parameters(), lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        gaussian_nats(images, reconstructions, deviation()).mean().backward()
+        optimizer.step()
+    error = (reconstructions - images).square().mean().sqrt().item()
+    assert deviation().item() == pytest.approx(error, rel=0.01)
+
+
+def test_the_weight_of_the_pixels_follows_the_loss_unless_given():
+    assert parse(TokenizerRun, []).loss.reconstruction_weight == 10
+    assert parse(TokenizerRun, ["loss.reconstruction=gaussian"]).loss.reconstruction_weight == 1
+    given = ["loss.reconstruction=gaussian", "loss.reconstruction_weight=3"]
+    assert parse(TokenizerRun, given).loss.reconstruction_weight == 3
+    with pytest.raises(UserError, match="loss.sigma=0.0 must be above 0, or null to be learned"):
+        parse(TokenizerRun, ["loss.sigma=0"])
+
+
+@pytest.mark.parametrize("sigma", [None, 0.07])
+def test_a_run_with_a_likelihood_tells_what_pixels_and_tokens_cost(sigma, picture_folder, tmp_path):
+    settings = ["loss.reconstruction=gaussian", f"loss.sigma={'null' if sigma is None else sigma}"]
+    tensors = train_here(picture_folder, tmp_path / "run", *settings)
+    assert not any("sigma" in key for key in tensors)
+    told = records(tmp_path / "run")
+    for record in told:
+        assert record["distortion_bits_per_dimension"] == pytest.approx(
+            record["distortion_nats_per_dimension"] / math.log(2)
+        )
+        assert record["rate_bits_per_dimension"] == pytest.approx(5 / (2 * 2 * 3))  # 32 codes, one for 2 x 2 pixels
+        assert record["total_bits_per_dimension"] == pytest.approx(
+            record["distortion_bits_per_dimension"] + record["rate_bits_per_dimension"]
+        )
+        if "gaussian" in record:
+            assert record["gaussian"] == pytest.approx(record["distortion_nats_per_dimension"], rel=0.2)
+    sigmas = [record["sigma"] for record in told]
+    assert (len(set(sigmas)) == 10) if sigma is None else (sigmas == [pytest.approx(sigma)] * len(sigmas))
+
+
 def test_perceptual_loss_is_the_weighted_mean_of_the_distances_and_leaves_the_pixel_loss_alone(squeeze_home):
-    loss = ReconstructionLoss(LossSettings(perceptual="squeeze", perceptual_weight=0.5))
+    loss = ReconstructionLoss(LossSettings(perceptual="squeeze", perceptual_weight=0.5).complete())
     one, two = images_of(1), images_of(2)
     losses = loss(one, two)
     assert losses.keys() == {"l2", "perceptual"}
     torch.testing.assert_close(losses["perceptual"], 0.5 * loss.perceptual(one, two).mean())
-    torch.testing.assert_close(losses["l2"], ReconstructionLoss(LossSettings())(one, two)["l2"])
+    torch.testing.assert_close(losses["l2"], ReconstructionLoss(LossSettings().complete())(one, two)["l2"])
 
 
 def test_perceptual_distance_is_0_for_equal_pictures_symmetric_and_of_each_picture(squeeze_home):
@@ -73,7 +139,7 @@ def test_perceptual_distance_of_grey_pictures_is_that_of_equal_colours(squeeze_h
 
 
 def test_perceptual_network_gives_gradients_to_the_pictures_and_learns_nothing_itself(squeeze_home):
-    loss = ReconstructionLoss(LossSettings(perceptual="squeeze")).train()
+    loss = ReconstructionLoss(LossSettings(perceptual="squeeze").complete()).train()
     reconstructions = images_of(1).bfloat16().requires_grad_()
     perceptual = loss(reconstructions, images_of(2))["perceptual"]
     perceptual.backward()

@@ -7,7 +7,9 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,14 +54,43 @@ def share_threads(accelerator: Accelerator, speed: ThreadSettings, num_busy_work
         torch.set_num_threads(speed.threads or max(1, num_cores // num_local_ranks - num_busy_workers))
 
 
+@dataclass
+class Trainee:
+    """A network that learns, and how fast its AdamW may move it."""
+
+    network: nn.Module  # without Accelerate's wrapping
+    learning_rate: float  # highest, after the warm-up
+    betas: tuple[float, float]
+    weight_decay: float = 0.0  # of matrices and kernels
+    model: nn.Module | None = None  # as Accelerate wraps it, once an Optimization has taken it on
+    gradient_norm: Tensor | None = None  # of the last step, before clipping; None where no loss reached it
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Its parameters as two groups of AdamW."""
+        weights = list(self.network.parameters())
+        decayed = {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.weight_decay}
+        others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}  # biases and norms
+        return [group | {"betas": self.betas} for group in (decayed, others)]
+
+
 class Optimization:
-    """The optimizer of one network, and all that guards, schedules and averages its steps.
+    """The optimizer of a network and of those trained beside it, and all that guards, schedules and averages its steps.
 
     `model` is what a program calls in training, `network` the same without Accelerate's wrapping, `measured` the one to
-    evaluate and to keep: the averaged weights where there are some.
+    evaluate and to keep: the averaged weights where there are some. `beside` are networks that learn with it, by name,
+    each with a learning rate, moments and clipping of its own; `models` is `model` and then theirs. A step is taken by
+    all or by none. AdamW treats each parameter by itself: one object with groups for each network equals an optimizer
+    for each, and a loss scaler need know no other.
     """
 
-    def __init__(self, network: nn.Module, config: TrainingRun, accelerator: Accelerator, folder: RunFolder):
+    def __init__(
+        self,
+        network: nn.Module,
+        config: TrainingRun,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        beside: dict[str, Trainee] | None = None,
+    ):
         self.network, self.config, self.accelerator, self.folder = network, config, accelerator, folder
         self.average, self.measured = None, network
         if config.average.decay:
@@ -69,23 +100,23 @@ class Optimization:
         if config.speed.compile:
             network.compile()
         options = config.optimizer
-        decayed = [weight for weight in network.parameters() if weight.ndim > 1]
-        others = [weight for weight in network.parameters() if weight.ndim < 2]  # biases and norms
-        groups = [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2))
-        self.model, self.optimizer = accelerator.prepare(network, optimizer)
+        main = Trainee(network, config.learning_rate, (options.beta1, options.beta2), options.weight_decay)
+        self.trainees = {"": main} | (beside or {})
+        groups = [group for trainee in self.trainees.values() for group in trainee.groups()]
+        networks = [trainee.network for trainee in self.trainees.values()]
+        *self.models, self.optimizer = accelerator.prepare(*networks, torch.optim.AdamW(groups))
+        for trainee, model in zip(self.trainees.values(), self.models, strict=True):
+            trainee.model = model
+        self.model = main.model
         self.stop = StopRequest()
         self.stopping = False  # a rank has been asked to end
-        self.gradient_norm = torch.zeros(())  # of the last step, before clipping
         self.num_skipped = 0  # steps in a row
 
     def begin(self, step: int) -> None:
-        """Set the learning rate of a step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+        """Set the learning rates of a step."""
+        highest = [trainee.learning_rate for trainee in self.trainees.values() for _ in trainee.groups()]
+        for group, rate in zip(self.optimizer.param_groups, highest, strict=True):
+            group["lr"] = learning_rate(self.config, step, rate)
 
     def take(self, step: int, losses: dict[str, Tensor]) -> bool:
         """Clip, check and apply the gradients that `losses` left behind; whether the step was really taken.
@@ -93,7 +124,7 @@ class Optimization:
         RunError where a loss or gradient is not finite and the settings do not say to skip such steps.
         """
         accelerator, options = self.accelerator, self.config.optimizer
-        self.gradient_norm = accelerator.clip_grad_norm_(self.network.parameters(), options.max_grad_norm)
+        self.clip_gradients()
         guilty = self.nonfinite_terms(losses)
         flags = [float(self.stop.received is not None), float(bool(guilty))]
         flags = accelerator.reduce(torch.tensor(flags, device=accelerator.device), "sum")
@@ -111,6 +142,15 @@ class Optimization:
                 raise RunError(self.nonfinite_message(step, guilty))
         return taken
 
+    def clip_gradients(self) -> None:
+        """Clip the gradient of each network that has one, by itself."""
+        clip = self.accelerator.clip_grad_norm_  # unscales, once and for all networks
+        for trainee in self.trainees.values():
+            weights = list(trainee.network.parameters())
+            reached = any(weight.grad is not None for weight in weights)
+            trainee.gradient_norm = clip(weights, self.config.optimizer.max_grad_norm) if reached else None
+            clip = nn.utils.clip_grad_norm_
+
     def update_average(self, restart: bool = False) -> None:
         """Let the averaged weights, if there are some, take in those of a step, or start anew from them."""
         if self.average:
@@ -121,17 +161,21 @@ class Optimization:
     @property
     def figures(self) -> dict[str, float]:
         """What the log says of the last step beside its losses."""
-        return {
-            "gradient_norm": self.gradient_norm.item(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        values = {}
+        for (name, trainee), group in zip(self.trainees.items(), self.optimizer.param_groups[::2], strict=True):
+            if trainee.gradient_norm is not None:
+                values[f"{name}_gradient_norm".strip("_")] = trainee.gradient_norm.item()
+                values[f"{name}_learning_rate".strip("_")] = group["lr"]
+        return values
 
     def nonfinite_terms(self, losses: dict[str, Tensor]) -> list[str]:
-        """The names of the losses that are NaN or infinite on this rank, else the gradient where it alone is."""
-        finite = torch.stack([*losses.values(), self.gradient_norm]).isfinite().tolist()
-        guilty = [name for name, good in zip(losses, finite, strict=False) if not good]
+        """The names of the losses that are NaN or infinite on this rank, else of the gradients where they alone are."""
+        norms = {f"{name} gradient".strip(): trainee.gradient_norm for name, trainee in self.trainees.items()}
+        scalars = losses | {name: norm for name, norm in norms.items() if norm is not None}
+        finite = torch.stack([*scalars.values()]).isfinite().tolist()
+        guilty = [name for name, good in zip(scalars, finite, strict=True) if not good]
         scaled = self.accelerator.scaler is not None  # a scaler deals with its overflows
-        return ["gradient"] if not guilty and not finite[-1] and not scaled else guilty
+        return [name for name in guilty if name in losses] or ([] if scaled else guilty)
 
     def nonfinite_message(self, step: int, guilty: list[str]) -> str:
         """What to tell when a run cannot go on."""
@@ -155,9 +199,9 @@ def averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], No
     return update
 
 
-def learning_rate(config: TrainingRun, step: int) -> float:
-    """Of step 1 .. steps: a linear warm-up, then a cosine down to nearly zero."""
+def learning_rate(config: TrainingRun, step: int, highest: float) -> float:
+    """Of step 1 .. steps: a linear warm-up to the highest, then a cosine down to nearly zero."""
     if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+        return highest * step / config.warmup_steps
     progress = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return highest * 0.5 * (1 + math.cos(math.pi * progress))

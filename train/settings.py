@@ -46,10 +46,80 @@ class DataSettings(SourceSettings):
 
 @dataclass
 class LossSettings:
-    reconstruction: Literal["l1", "l2"] = "l2"  # on the [0, 1] scale, mean over pixels and channels
-    reconstruction_weight: float = 10.0  # against the losses of the quantizer
+    reconstruction: Literal["l1", "l2", "gaussian"] = "l2"  # mean over pixels and channels; gaussian: -log p in nats
+    reconstruction_weight: float | None = None  # against the losses of the quantizer; default 10, of gaussian 1
+    sigma: float | None = None  # deviation of gaussian on the [0, 1] scale; default: learned, one for all pixels
+    sigma_learning_rate: float = 0.01  # highest, of log(sigma) where it is learned; same schedule
     perceptual: Literal["vgg", "alex", "squeeze"] | None = None  # LPIPS by that network, downloaded when first used
     perceptual_weight: float = 1.0  # of LPIPS, mean over the images
+
+    def __post_init__(self) -> None:
+        require(self.sigma is None or self.sigma > 0, f"loss.sigma={self.sigma}", "be above 0, or null to be learned")
+        require(self.sigma_learning_rate > 0, f"loss.sigma_learning_rate={self.sigma_learning_rate}", "be above 0")
+
+    def complete(self) -> "LossSettings":
+        """Fill in what follows other settings, once all are known."""
+        if self.reconstruction_weight is None:
+            self.reconstruction_weight = 1.0 if self.reconstruction == "gaussian" else 10.0
+        return self
+
+    @property
+    def learns_sigma(self) -> bool:
+        return self.reconstruction == "gaussian" and self.sigma is None
+
+
+@dataclass
+class AdversarialSettings:
+    loss: Literal["hinge", "non_saturating"] | None = None  # of a patch discriminator (PatchGAN); null: there is none
+    weight: float = 0.1  # of the tokenizer's loss against it
+    adaptive: bool = True  # times |gradient of the reconstruction losses| / |its own| at the decoder's last kernel
+    max_adaptive_weight: float = 1e4  # that ratio is at most this
+    start_step: int | None = None  # steps before the discriminator begins to learn; default steps // 2
+    ramp_steps: int | None = None  # steps in which `weight` then rises from 0; default steps // 20
+    lecam_weight: float = 0.001  # of LeCam, which holds its logits near the mean of the other side; 0: none
+    lecam_decay: float = 0.99  # per step, of these means
+    learning_rate: float = 2e-4  # highest, of the discriminator; same schedule
+    beta1: float = 0.5  # AdamW's memory of its gradients; beta2 is optimizer.beta2
+    base_channels: int = 64  # of its first convolution; each later one doubles them, up to 8 times as many
+    num_layers: int = 3  # convolutions that halve the side; 3 judges patches of 70 pixels, 2 of 34, 1 of 16
+
+    def __post_init__(self) -> None:
+        for name in ("base_channels", "num_layers"):
+            require(getattr(self, name) >= 1, f"adversarial.{name}={getattr(self, name)}", "be >= 1")
+        for name in ("weight", "max_adaptive_weight", "lecam_weight"):
+            require(getattr(self, name) >= 0, f"adversarial.{name}={getattr(self, name)}", "be >= 0")
+        for name in ("lecam_decay", "beta1"):
+            require(0 <= getattr(self, name) < 1, f"adversarial.{name}={getattr(self, name)}", "lie in [0, 1)")
+        require(self.learning_rate > 0, f"adversarial.learning_rate={self.learning_rate}", "be above 0")
+        require(self.ramp_steps is None or self.ramp_steps >= 0, f"adversarial.ramp_steps={self.ramp_steps}", "be >= 0")
+
+    @property
+    def smallest_image(self) -> int:
+        """Pixels a side that leave the discriminator's last layer something."""
+        return 3 * 2**self.num_layers
+
+    def complete(self, run: "TokenizerRun") -> None:
+        """Fill in what follows the run's length; ValueError for what does not go with the run."""
+        require(
+            self.start_step is None or 0 <= self.start_step < run.steps,
+            f"adversarial.start_step={self.start_step}",
+            f"be >= 0 and < steps={run.steps}, or the discriminator never learns; lower it, or null for steps // 2",
+        )
+        if self.start_step is None:
+            self.start_step = run.steps // 2
+        if self.ramp_steps is None:
+            self.ramp_steps = run.steps // 20
+        if self.loss is not None:
+            require(
+                run.image_size >= self.smallest_image,
+                f"image_size={run.image_size}",
+                f"be >= {self.smallest_image} for adversarial.num_layers={self.num_layers}; a layer less halves that",
+            )
+            require(
+                run.mixed_precision != "fp16",
+                f"mixed_precision={run.mixed_precision}",
+                f"be bf16 or no with adversarial.loss={self.loss}: two losses at odds do not share one loss scale",
+            )
 
 
 @dataclass
@@ -144,6 +214,7 @@ class TokenizerRun(TrainingRun):
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     data_options: DataSettings = field(default_factory=DataSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,6 +228,8 @@ class TokenizerRun(TrainingRun):
             f"image_size={self.image_size}",
             f"be >= {smallest} for loss.perceptual={self.loss.perceptual}; vgg takes the smallest pictures, from 16 on",
         )
+        self.loss.complete()
+        self.adversarial.complete(self)
         share = self.data_options.shuffle_colors
         require(0 <= share <= 1, f"data_options.shuffle_colors={share}", "lie in [0, 1]")
         self.free_settings = (*self.free_settings, "data_options.max_corrupt_fraction")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
+from train.adversarial import Adversary, last_kernel
 from train.checkpoint import RunFolder
 from train.config import RunError, UserError, launch, to_yaml
 from train.data import evaluation_batches, training_batches
-from train.losses import ReconstructionLoss
-from train.optimization import Optimization, make_accelerator
+from train.discriminator import PatchDiscriminator
+from train.losses import Deviation, ReconstructionLoss
+from train.optimization import Optimization, Trainee, make_accelerator
 from train.progress import METRICS_NAME, TOKENS_PER_CODE, Progress, UsageWindow, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import TokenizerRun
@@ -57,9 +60,15 @@ def train(
     """Train to the end, or to a signal; whether the end was reached."""
     set_seed(config.seed)
     tokenizer = ImageTokenizer(config.model).to(accelerator.device)
-    optimization = Optimization(tokenizer, config, accelerator, folder)
+    beside = trained_beside(config, accelerator.device)
+    optimization = Optimization(tokenizer, config, accelerator, folder, beside)
+    sigma = beside["sigma"].model if "sigma" in beside else None
     with accelerator.local_main_process_first():  # it alone downloads
-        reconstruction_loss = ReconstructionLoss(config.loss).to(accelerator.device)
+        reconstruction_loss = ReconstructionLoss(config.loss, sigma).to(accelerator.device)
+    adversary = None
+    if "discriminator" in beside:
+        kernel = last_kernel(tokenizer.autoencoder.decoder)
+        adversary = Adversary(config.adversarial, beside["discriminator"], kernel, accelerator)
     window = UsageWindow(tokenizer.vocab_size)
     accelerator.register_for_checkpointing(window)
 
@@ -76,21 +85,30 @@ def train(
     with optimization.stop.listening(), logging_redirect_tqdm():
         for step in range(steps_done + 1, config.steps + 1):
             optimization.begin(step)
+            opposed, judgement = adversary is not None and adversary.plays(step), {}
             for images, corrupt in itertools.islice(batches, num_batches):
                 unreadable.add(len(images), corrupt)
                 images = images.float() / 255
-                with accelerator.accumulate(optimization.model):
+                with accelerator.accumulate(*optimization.models):
                     output = optimization.model(images)
-                    losses = reconstruction_loss(output.reconstructions, images) | output.losses
+                    losses = reconstruction_loss(output.reconstructions, images)
+                    if opposed:
+                        losses |= adversary.tokenizer_loss(step, output.reconstructions, sum(losses.values()))
+                    losses |= output.losses
                     accelerator.backward(sum(losses.values()))
+                    if opposed:
+                        judgement = adversary.discriminator_losses(images, output.reconstructions)
+                        accelerator.backward(sum(judgement.values()))
                 window.add(output.tokens)
                 num_images += len(images) * accelerator.num_processes
-            taken = optimization.take(step, losses)
+            taken = optimization.take(step, losses | judgement)
             if taken:
                 codes_jumped = tokenizer.quantizer.step(step / config.steps)
                 optimization.update_average(restart=codes_jumped)
             else:
                 tokenizer.quantizer.discard()
+            if opposed:
+                adversary.step() if taken else adversary.discard()
 
             if progress.due(step) and taken:
                 values = {name: value.item() for name, value in losses.items()}
@@ -98,11 +116,14 @@ def train(
                 speed = num_images / (time.perf_counter() - clock)
                 num_images, clock = 0, time.perf_counter()
                 values |= {"loss": sum(values.values()), "train_psnr": train_psnr} | window.figures
-                values |= optimization.figures
+                values |= {name: value.item() for name, value in judgement.items()} | optimization.figures
+                values |= adversary.figures if opposed else {}
+                nats = reconstruction_loss.nats(output.reconstructions, images).mean().item()
+                values |= likelihood(nats, reconstruction_loss, tokenizer, config)
                 progress.record(step, values | {"images_per_second": speed, "corrupt_images": len(unreadable.names)})
                 progress.show(step, shown(values | metrics, speed))
             if step % config.eval_every == 0 or step == config.steps:
-                metrics = evaluate(optimization.measured, config, accelerator, source, eval_rows)
+                metrics = evaluate(optimization.measured, reconstruction_loss, config, accelerator, source, eval_rows)
                 progress.record(step, metrics)
                 warn_of_collapse(step, metrics, config)
                 if accelerator.is_main_process:
@@ -117,6 +138,18 @@ def train(
         optimization.measured.save_pretrained(folder.path, model_card(config, folder))
     accelerator.wait_for_everyone()
     return True
+
+
+def trained_beside(config: TokenizerRun, device: torch.device) -> dict[str, Trainee]:
+    """The networks that the settings ask for and that learn beside the tokenizer, by the names of their figures."""
+    trainees, beta1, beta2 = {}, config.optimizer.beta1, config.optimizer.beta2
+    if config.loss.learns_sigma:
+        trainees["sigma"] = Trainee(Deviation().to(device), config.loss.sigma_learning_rate, (beta1, beta2))
+    if config.adversarial.loss:
+        options = config.adversarial
+        network = PatchDiscriminator(config.model.image_channels, options.base_channels, options.num_layers)
+        trainees["discriminator"] = Trainee(network.to(device), options.learning_rate, (options.beta1, beta2))
+    return trainees
 
 
 def check_model(config: TokenizerRun) -> None:
@@ -147,14 +180,23 @@ def shown(values: dict[str, float], images_per_second: float) -> dict[str, str]:
 
 @torch.no_grad()
 def evaluate(
-    tokenizer: ImageTokenizer, config: TokenizerRun, accelerator: Accelerator, source: ImageSource, eval_rows: list[Any]
+    tokenizer: ImageTokenizer,
+    reconstruction_loss: ReconstructionLoss,
+    config: TokenizerRun,
+    accelerator: Accelerator,
+    source: ImageSource,
+    eval_rows: list[Any],
 ) -> dict[str, float]:
-    """PSNR of decode(encode(x)) on whole validation pictures; usage and perplexity on training crops, codes frozen."""
+    """PSNR of decode(encode(x)) on whole validation pictures; usage and perplexity on training crops, codes frozen.
+
+    And what the pictures cost, where the loss is a likelihood.
+    """
     rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    totals = torch.zeros(2, device=device)  # sum of the pictures' PSNR, number of pictures
+    totals = torch.zeros(3, device=device)  # sums over the pictures: PSNR, nats, 1
     for images in evaluation_batches(source, eval_rows[rank::num_ranks], config, tokenizer.downsample_factor):
-        scores = psnr(tokenizer.decode(tokenizer.encode(images)).cpu(), images.float() / 255)
-        totals += torch.tensor([scores.sum(), len(scores)], device=device)
+        originals, reconstructions = images.float() / 255, tokenizer.decode(tokenizer.encode(images)).cpu()
+        scores, nats = psnr(reconstructions, originals), reconstruction_loss.nats(reconstructions, originals)
+        totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
     counts = torch.zeros(tokenizer.vocab_size, device=device)
     crops = training_batches(source, replace(config, seed=config.seed + 1), accelerator, 0, set())
     num_tokens, wanted = 0, TOKENS_PER_CODE * tokenizer.vocab_size
@@ -163,15 +205,35 @@ def evaluate(
         counts += torch.bincount(tokens.flatten(), minlength=tokenizer.vocab_size)
         num_tokens += tokens.numel() * num_ranks
     totals, counts = accelerator.reduce((totals, counts), "sum")
-    if totals[1] == 0:
+    if totals[2] == 0:
         raise RunError("no validation image can be read; the log names them: mend them or choose another eval_split")
     grid = tokenizer.tokens_per_image(config.image_size)
     return {
-        "psnr": (totals[0] / totals[1]).item(),
+        "psnr": (totals[0] / totals[2]).item(),
         "usage": usage(counts),
         "perplexity": perplexity(counts),
         "tokens_per_code": num_tokens / tokenizer.vocab_size,
         "bits_per_pixel": bits_per_pixel(tokenizer.vocab_size, grid, (config.image_size, config.image_size)),
+    } | likelihood((totals[1] / totals[2]).item(), reconstruction_loss, tokenizer, config)
+
+
+def likelihood(
+    nats: float, reconstruction_loss: ReconstructionLoss, tokenizer: ImageTokenizer, config: TokenizerRun
+) -> dict[str, float]:
+    """What -log p(pixels | tokens) of so many nats per dimension, a channel of a pixel, comes to; {} for other losses.
+
+    Distortion and rate, the tokens at a uniform code, are together the length of a code for the 8-bit pixels.
+    """
+    if reconstruction_loss.deviation is None:
+        return {}
+    size, num_tokens = (config.image_size, config.image_size), tokenizer.tokens_per_image(config.image_size)
+    rate = bits_per_pixel(tokenizer.vocab_size, num_tokens, size) / config.model.image_channels
+    return {
+        "sigma": reconstruction_loss.deviation().item(),
+        "distortion_nats_per_dimension": nats,
+        "distortion_bits_per_dimension": nats / math.log(2),
+        "rate_bits_per_dimension": rate,
+        "total_bits_per_dimension": nats / math.log(2) + rate,
     }
 
 
@@ -202,6 +264,10 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
     records = map(json.loads, read_lines(folder.path / METRICS_NAME))
     metrics = [record for record in records if "psnr" in record][-1]
     step = metrics.pop("step")
+    costs = (
+        " `distortion_bits_per_dimension`: -log2 p of the 8-bit pixels under a Gaussian of deviation `sigma` about "
+        "decode(encode(x)), per channel of a pixel; `total_bits_per_dimension`: with the tokens at a uniform code."
+    )
     return ModelCard(
         license=config.card.license,
         data=config.card.data or config.data,
@@ -211,6 +277,7 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
             f"After {step} steps. `psnr`: dB, mean over whole validation pictures ({config.eval_split or 'validation'} "
             f"of `{config.data}`), of decode(encode(x)). `usage` (share of codes seen) and `perplexity`: on training "
             f"crops of {config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
+            f"{costs if 'sigma' in metrics else ''}"
         ),
         settings=to_yaml(config),
         sample=folder.sample(step),

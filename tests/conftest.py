@@ -16,6 +16,8 @@ from tokenizer import ImageTokenizer, TokenizerConfig
 
 torch.set_num_threads(1)
 
+SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
+
 TINY_AUTOENCODER = {
     "name": "convolutional",
     "patch_size": 1,
@@ -64,3 +66,39 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """A torch home without any weights, on a machine that reaches no server."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def squeeze_home(empty_home):
+    import torchvision
+
+    torch.manual_seed(7)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
+    return empty_home
+
+
+@pytest.fixture(scope="session")
+def mobilenet_file(tmp_path_factory) -> str:
+    """Made-up weights of the MobileNetV2 that judges."""
+    from torchvision.models import mobilenet_v2
+
+    path = tmp_path_factory.mktemp("mobilenet") / "mobilenet_v2.pth"
+    torch.manual_seed(7)
+    network = mobilenet_v2(num_classes=1001)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # after one batch its features are neither all nought nor all saturated
+    network(torch.rand(8, 3, 64, 64))
+    torch.save(network.state_dict(), path)
+    return str(path)

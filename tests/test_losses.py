@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-import torchvision
+from conftest import SQUEEZE_FILE
 from test_vqvae import train_here
 
 from train.config import UserError, parse
@@ -13,26 +13,6 @@ from train.losses import ReconstructionLoss
 from train.settings import SMALLEST_PERCEPTUAL, LossSettings, TokenizerRun
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"
-
-
-@pytest.fixture
-def empty_home(tmp_path, monkeypatch):
-    """A torch home without any weights, on a machine that reaches no server."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.fixture
-def squeeze_home(empty_home):
-    torch.manual_seed(7)
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
-    return empty_home
 
 
 def images_of(seed: int, channels: int = 3) -> torch.Tensor:

@@ -45,6 +45,7 @@ def measures(row: Row) -> list[str]:
 def plot(path: Path, rows: list[Row]) -> None:
     """A PNG with a panel per measure: means with their intervals over bits per pixel, on a logarithmic axis."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+    from matplotlib.ticker import LogLocator, NullLocator
 
     codec_rows = [row for row in rows if "quality" in row]
     tokenizer_rows = [row for row in rows if "quality" not in row]
@@ -56,7 +57,10 @@ def plot(path: Path, rows: list[Row]) -> None:
         for row in tokenizer_rows:
             draw(axes, [row], measure, row["name"], "o")
         axes.set(xscale="log", xlabel="bits per pixel", title=TITLES[measure])
-        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

@@ -56,6 +56,7 @@ class ReconstructionRun:
     mobilenet: str | None = None  # file of a MobileNetV2 (TensorFlow 2's weights, torchvision's names): its distances
     batch_size: int = 100  # pictures at once
     seed: int = 0  # of the bootstrap and of what is held out
+    output_dir: str | None = None  # gets benchmarks/results/ and docs/; default: the repository of this file
     data_options: SourceSettings = field(default_factory=SourceSettings)
     speed: ThreadSettings = field(default_factory=ThreadSettings)
 
@@ -68,11 +69,13 @@ class ReconstructionRun:
     def public(self) -> dict[str, object]:
         """The settings for the record, the data by its public name."""
         settings = asdict(self)
+        del settings["output_dir"]
         return settings | {"data": settings.pop("named") or self.data}
 
 
-def main(name: str, config: ReconstructionRun, root: Path = ROOT) -> None:
-    """Measure, and write the record, the table and the pictures into their folders under `root`."""
+def main(name: str, config: ReconstructionRun) -> None:
+    """Measure, and write the record, the table and the pictures."""
+    root = Path(config.output_dir or ROOT)
     accelerator = Accelerator()
     share_threads(accelerator, config.speed)
     with accelerator.local_main_process_first(), refusals():  # it alone downloads
@@ -162,7 +165,8 @@ def row_of(
     row |= tally.estimates(config.seed) | tally.distances(reference, config.seed)
     if config.perceptual and isinstance(contender, SavedTokenizer):
         seen = contender.perceptual_loss
-        row["lpips"]["trained_on"] = "unknown" if seen == "unknown" else seen == config.perceptual
+        trained_on = "unknown" if seen == "unknown" else seen == config.perceptual
+        row["lpips"] |= {"network": config.perceptual, "trained_on": trained_on}
     return row
 
 

@@ -68,10 +68,8 @@ def generation_row(result: dict[str, Any]) -> dict[str, str]:
 
 def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits."""
-    lpips = result["protocol"]["lpips"]
-    network = lpips["network"] if lpips else ""
     return [
-        reconstruction_cells(name, row["bits_per_pixel"], measured, network)
+        reconstruction_cells(name, row["bits_per_pixel"], measured, row.get("lpips", {}).get("network"))
         for row in result["rows"]
         if "quality" not in row
         for name, measured in (
@@ -84,7 +82,7 @@ def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def reconstruction_cells(name: str, bits: float, measured: dict[str, Any], lpips_network: str) -> dict[str, str]:
+def reconstruction_cells(name: str, bits: float, measured: dict[str, Any], lpips_network: str | None) -> dict[str, str]:
     """One line of the comparison, with half of each interval; a codec without means cannot make files of that size."""
     cells = {"what": name, "bits per pixel": f"{bits:.3f}"}
     for measure, (title, digits) in MEASURES.items():

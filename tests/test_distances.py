@@ -139,7 +139,7 @@ def test_the_interval_of_two_pictures_is_their_distance_itself():
 def test_the_interval_of_a_kernel_distance_is_that_of_resampled_pictures():
     features, references = drawn(6, 2), drawn(6, 2, seed=1)
     found = []
-    for counts in resamples(6, seed=3):
+    for counts in torch.cat([*resamples(6, seed=3)]):
         chosen = [picture for picture, count in enumerate(counts.int().tolist()) for _ in range(count)]
         pairs = [(i, j) for i, j in itertools.product(chosen, repeat=2) if i != j]
         terms = [plain_kernel_distance(features[[*pair]], references[[*pair]]) for pair in set(pairs)]
@@ -165,8 +165,9 @@ def test_the_mean_and_its_seed():
 
 
 def test_a_resample_has_as_many_pictures_as_there_are():
-    counts = torch.stack([*resamples(7, seed=0)])
+    counts = torch.cat([*resamples(7, seed=0)])
     assert counts.shape == (NUM_RESAMPLES, 7)
+    assert sum(map(len, resamples(5000, seed=0))) == NUM_RESAMPLES  # which come in several parts
     assert (counts.sum(dim=1) == 7).all()
     torch.testing.assert_close(counts.mean(dim=0), torch.ones(7).double(), atol=0.15, rtol=0)
 

@@ -34,16 +34,18 @@ def mean_estimate(values: Tensor, seed: int = 0) -> Estimate:
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(f"values of shape {tuple(values.shape)} must be (N,), one or more, all finite")
     values = values.double().cpu()
-    resampled = torch.stack([counts @ values for counts in resamples(len(values), seed)]) / len(values)
+    resampled = torch.cat([counts @ values for counts in resamples(len(values), seed)]) / len(values)
     return Estimate.of(values.mean(), resampled)
 
 
 def resamples(num_images: int, seed: int) -> Iterator[Tensor]:
-    """NUM_RESAMPLES times, how often each of N pictures is among N drawn with replacement, (N,) float64."""
+    """How often each of N pictures is among N drawn with replacement, float64 (r, N), NUM_RESAMPLES rows in all."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(NUM_RESAMPLES):
-        drawn = torch.randint(num_images, (num_images,), generator=generator)
-        yield torch.bincount(drawn, minlength=num_images).double()
+    size = max(1, 2**20 // num_images)  # rows at a time, so that memory does not grow with their number
+    for start in range(0, NUM_RESAMPLES, size):
+        shape = (min(size, NUM_RESAMPLES - start), num_images)
+        drawn = torch.randint(num_images, shape, generator=generator)
+        yield torch.zeros(shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(shape, dtype=torch.float64))
 
 
 @dataclass
@@ -116,7 +118,7 @@ def kernel_distance(features: Tensor, references: Tensor, seed: int = 0) -> Esti
             f"N at least 2: row i of both is the same picture"
         )
     terms = pair_terms(features.double(), references.double()).cpu()
-    drawn = torch.stack(list(resamples(count, seed)))  # (R, N)
+    drawn = torch.cat([*resamples(count, seed)])  # (R, N)
     num_pairs = count**2 - drawn.square().sum(dim=1)
     resampled = ((drawn @ terms) * drawn).sum(dim=1) / num_pairs
     return Estimate.of(terms.sum() / (count * (count - 1)), resampled[num_pairs > 0])  # of few, one may fill a resample

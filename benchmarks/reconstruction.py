@@ -26,7 +26,6 @@ from rate_distortion import at_same_bits, plot
 from recording import ROOT, command_line, record, refusals, tell
 from tables import markdown, reconstruction_rows
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenizer.distances import NUM_RESAMPLES
 from tokenizer.metrics import SSIM_WINDOW
@@ -128,18 +127,23 @@ def batches(
     """This rank's batches, with the number of the first picture of each; UserError where they cannot be read."""
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     with reading(config.data):
-        yield from picture_batches(
+        for first, batch in picture_batches(
             source, channels, config.image_size, config.num_images, config.batch_size, rank, num_ranks
-        )
+        ):
+            yield first, batch
+            if accelerator.is_main_process:
+                tell(f"{first + len(batch):,} pictures measured")
 
 
 def measure(
     pictures: Iterator[tuple[int, Tensor]], contenders: list[Contender], judges: Judges
 ) -> tuple[list[Tally], Tally, list[Tensor]]:
-    """A tally for each contender, one of the pictures themselves, and for the sheet the first pictures and what became
-    of them, uint8, on the rank that has them."""
+    """A tally for each contender, one of the pictures themselves, and what the sheet shows.
+
+    That is the first pictures and what became of them, uint8, on the main rank, which has the first batch.
+    """
     tallies, reference, shown = [Tally() for _ in contenders], Tally(), []
-    for first, batch in tqdm(pictures, unit="batch", file=sys.stderr, disable=not sys.stderr.isatty()):
+    for first, batch in pictures:
         reference.add(first, {}, judges.features(batch))
         reference.add_hashes(first, batch)
         reconstructed = [contender.reconstruct(first, batch) for contender in contenders]

@@ -68,21 +68,23 @@ def generation_row(result: dict[str, Any]) -> dict[str, str]:
 
 def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits."""
-    return [
-        reconstruction_cells(name, row["bits_per_pixel"], measured, row.get("lpips", {}).get("network"))
-        for row in result["rows"]
-        if "quality" not in row
-        for name, measured in (
-            (row["name"], row),
-            *(
-                (f"{codec} at those bits", {measure: {"mean": mean} for measure, mean in (means or {}).items()})
-                for codec, means in row["codecs_at_the_same_bits"].items()
-            ),
-        )
-    ]
+    protocol = result["protocol"]
+    settings, images = protocol["settings"], protocol["images"]
+    pictures = f"{images:,} of {settings['data']} {protocol['split']}, {settings['image_size']} px"
+    rows = []
+    for row in result["rows"]:
+        if "quality" not in row:
+            bits, network = row["bits_per_pixel"], row.get("lpips", {}).get("network")
+            rows.append(reconstruction_cells(row["name"], bits, row, network, pictures))
+            for codec, means in row["codecs_at_the_same_bits"].items():
+                measured = {measure: {"mean": mean} for measure, mean in (means or {}).items()}
+                rows.append(reconstruction_cells(f"{codec} at those bits", bits, measured, network, pictures))
+    return rows
 
 
-def reconstruction_cells(name: str, bits: float, measured: dict[str, Any], lpips_network: str | None) -> dict[str, str]:
+def reconstruction_cells(
+    name: str, bits: float, measured: dict[str, Any], lpips_network: str | None, pictures: str
+) -> dict[str, str]:
     """One line of the comparison, with half of each interval; a codec without means cannot make files of that size."""
     cells = {"what": name, "bits per pixel": f"{bits:.3f}"}
     for measure, (title, digits) in MEASURES.items():
@@ -91,7 +93,7 @@ def reconstruction_cells(name: str, bits: float, measured: dict[str, Any], lpips
     if "lpips" in measured:
         seen = {True: ", trained on", "unknown": ", perhaps trained on"}.get(measured["lpips"].get("trained_on"), "")
         cells["LPIPS"] += f" ({lpips_network}{seen})"
-    return cells
+    return cells | {"pictures": pictures}
 
 
 def cell(found: dict[str, float], digits: str) -> str:

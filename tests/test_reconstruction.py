@@ -152,7 +152,8 @@ def test_a_stream_is_measured_as_what_lies_on_disk(files, tmp_path):
     for output, streaming in ((tmp_path / "stream", True), (tmp_path / "disk", False)):
         main("tiny", arguments(files, output, streaming=streaming, codecs=False, num_images=7))
     assert without_clock(measured(tmp_path / "stream")) == without_clock(measured(tmp_path / "disk"))
-    assert measured(tmp_path / "stream")["protocol"]["images"] == 7
+    protocol = measured(tmp_path / "stream")["protocol"]
+    assert (protocol["images"], protocol["split"]) == (7, "test")
 
 
 def test_the_record_says_which_pictures_were_held_out(files, tmp_path):
@@ -330,11 +331,14 @@ def test_the_table_has_a_line_for_each_tokenizer_and_for_the_codecs_at_its_bits(
         "lpips": estimate | {"network": "squeeze", "trained_on": True}, "kernel_mobilenet_v2": estimate,
         "codecs_at_the_same_bits": {"JPEG": None, "WEBP": {"psnr": 25.0, "lpips": 0.1}},
     }  # fmt: skip
-    lines = tables.markdown(tables.reconstruction_rows({"rows": [row, *codec_rows()]})).splitlines()
+    protocol = {"settings": {"data": "org/data", "image_size": 64}, "split": "test", "images": 1234}
+    rows = tables.reconstruction_rows({"protocol": protocol, "rows": [row, *codec_rows()]})
+    lines = tables.markdown(rows).splitlines()
+    pictures = "| 1,234 of org/data test, 64 px |"
     assert lines == [
-        "| what | bits per pixel | PSNR (dB) | LPIPS | kernel distance, MobileNetV2 |",
-        "|---|---|---|---|---|",
-        "| mine | 0.500 | 21.34 ± 0.25 | 0.2500 ± 0.1000 (squeeze, trained on) | 0.25000 ± 0.10000 |",
-        "| JPEG at those bits | 0.500 | - | - | - |",
-        "| WEBP at those bits | 0.500 | 25.00 | 0.1000 (squeeze) | - |",
+        "| what | bits per pixel | PSNR (dB) | LPIPS | kernel distance, MobileNetV2 | pictures |",
+        "|---|---|---|---|---|---|",
+        f"| mine | 0.500 | 21.34 ± 0.25 | 0.2500 ± 0.1000 (squeeze, trained on) | 0.25000 ± 0.10000 {pictures}",
+        f"| JPEG at those bits | 0.500 | - | - | - {pictures}",
+        f"| WEBP at those bits | 0.500 | 25.00 | 0.1000 (squeeze) | - {pictures}",
     ]

@@ -73,7 +73,7 @@ class InceptionFeatures(nn.Module):
         except ImportError as error:
             raise UserError(f"rFID needs torch-fidelity ({error}); pip install 'tokengrid[bench]'") from None
         path = checkpoints() / URL_INCEPTION_V3.rpartition("/")[2]
-        place = f"put {URL_INCEPTION_V3} into {checkpoints()}/ (TORCH_HOME moves that), or do without rFID"
+        place = f"put {URL_INCEPTION_V3} into {checkpoints()}/ (TORCH_HOME moves that); inception=false does without"
         with loading("the Inception weights of rFID", place):
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image, features
 from recording import num_parameters
 from torch import Tensor
@@ -146,7 +146,7 @@ def card_of(name: str) -> str:
     if not Path(name).is_dir():
         try:
             path = Path(hf_hub_download(name, CARD_NAME))
-        except (EntryNotFoundError, OSError):
+        except (HTTPError, EntryNotFoundError, OSError):
             return ""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 

@@ -1,6 +1,5 @@
 """The comparison of tokenizers and codecs, on tiny real models, made-up judges and small pictures."""
 
-import io
 import json
 import math
 import sys
@@ -27,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program l
 
 import tables
 from comparison_sheet import drawn
-from contenders import Codec, SavedTokenizer, perceptual_loss_of
+from contenders import SavedTokenizer
 from judges import Judges, Tally
 from rate_distortion import at_same_bits
 from reconstruction import ReconstructionRun, main
@@ -203,14 +202,6 @@ def test_a_tokenizer_that_decodes_to_nan_is_named(files, tmp_path):
         main("tiny", arguments(files, tmp_path, tokenizers=f"[{tmp_path / 'broken'}]", codecs=False))
 
 
-def test_what_a_tokenizer_was_trained_on_stands_in_its_run_or_its_card(files, tmp_path):
-    assert perceptual_loss_of(str(files / "coarse")) == "squeeze"
-    assert perceptual_loss_of(str(files / "fine")) is None
-    assert perceptual_loss_of(str(files / "grey")) == "unknown"  # a card without settings
-    (tmp_path / "run.yaml").write_text(to_yaml(parse(TokenizerRun, ["loss.perceptual=vgg"])))
-    assert perceptual_loss_of(str(tmp_path)) == "vgg"
-
-
 @settings(deadline=None, max_examples=15)
 @given(order=st.permutations(range(6)), cuts=st.lists(st.integers(0, 6), min_size=2, max_size=2).map(sorted))
 def test_what_ranks_kept_adds_up_whatever_the_order(order, cuts):
@@ -270,22 +261,6 @@ def test_a_picture_that_comes_back_whole_has_a_finite_score_above_all_others():
     whole, other = judges.scores(pictures, pictures)["psnr"], judges.scores(nearly, pictures)["psnr"]
     assert whole[0].item() == pytest.approx(other[0].item(), abs=1e-4)
     assert whole.isfinite().all()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["JPEG", "WEBP"])
-def test_a_codec_counts_whole_files_and_better_quality_costs_more(name, channels):
-    pictures = test_pictures()[:3, :channels]
-    low, high = Codec(name, 5), Codec(name, 95)
-    errors = [(codec.reconstruct(0, pictures).float() - pictures.float()).abs().mean() for codec in (low, high)]
-    assert errors[1] < errors[0]
-    bits = [codec.row(codec.sums(), 3, SIDE)["bits_per_pixel"] for codec in (low, high)]
-    assert bits[0] < bits[1]
-    one = Codec("JPEG", 50)
-    one.reconstruct(0, pictures[:1])
-    file, pixels = io.BytesIO(), pictures[0].movedim(0, -1).numpy()
-    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, format="JPEG", quality=50, optimize=True)
-    assert one.row(one.sums(), 1, SIDE)["bits_per_pixel"] == 8 * len(file.getvalue()) / SIDE**2
 
 
 def test_changed_tokens_are_counted_over_the_first_pictures(files, monkeypatch):

@@ -66,9 +66,10 @@ class ReconstructionRun:
         require(self.image_size >= smallest, f"image_size={self.image_size}", f"be >= {smallest} for SSIM and LPIPS")
 
     def public(self) -> dict[str, object]:
-        """The settings for the record, the data by its public name."""
+        """The settings for the record: the data by its public name, of the judge's file its own, no folder of ours."""
         settings = asdict(self)
         del settings["output_dir"]
+        settings["mobilenet"] = Path(self.mobilenet).name if self.mobilenet else None
         return settings | {"data": settings.pop("named") or self.data}
 
 

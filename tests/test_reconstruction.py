@@ -104,6 +104,7 @@ def test_the_program_writes_record_table_and_pictures(files, tmp_path, squeeze_h
     assert protocol["features"]["mobilenet_v2"]["features"] == 1280
     assert written["versions"]["pillow"] and protocol["codecs"]["JPEG"] and written["commit"]
     assert "output_dir" not in written["command"] and " data=o/p " in written["command"]
+    assert mobilenet_file not in json.dumps(written) and " mobilenet=mobilenet_v2.pth" in written["command"]
     table = (tmp_path / "benchmarks/results/reconstruction_tiny.md").read_text()
     assert table.count("(squeeze, trained on)") == 1
     with Image.open(tmp_path / "docs/tiny_reconstructions.png") as sheet:
@@ -251,6 +252,12 @@ def test_features_are_kept_of_the_first_pictures_alone(monkeypatch):
     found = tally.distances(reference, 0)
     assert found["kernel_small"]["mean"] == pytest.approx(kernel_distance(features[:6], references[:6]).mean)
     assert tally.moments["small"].count == 20
+
+
+@pytest.mark.parametrize(("side", "measures"), [(176, {"psnr", "ssim", "ms_ssim"}), (175, {"psnr", "ssim"})])
+def test_similarity_over_scales_is_measured_where_the_sides_allow_it(side, measures):
+    grey = torch.full((1, 1, side, side), 128, dtype=torch.uint8)
+    assert Judges(None, False, None, CPU).scores(grey, grey).keys() == measures
 
 
 def test_a_picture_that_comes_back_whole_has_a_finite_score_above_all_others():

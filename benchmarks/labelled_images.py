@@ -1,11 +1,12 @@
-"""Pictures in memory: read from any source of the training programs, all brought to one square.
+"""Pictures from any source of the training programs, all brought to one square: all in memory, or a batch at a time.
 
 Shapes: N images, C channels, S side in pixels.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -47,10 +48,20 @@ def content_hash(pixels: Tensor, *others: Tensor) -> str:
     return digest.hexdigest()
 
 
-def read_pictures(source: ImageSource, channels: int, side: int, limit: int) -> Tensor:
-    """The first pictures of a split, (N, C, S, S) uint8, N at most `limit`; raises whatever decoding raises."""
+def picture_batches(
+    source: ImageSource, channels: int, side: int, limit: int, batch_size: int, rank: int, num_ranks: int
+) -> Iterator[tuple[int, Tensor]]:
+    """This rank's batches of the first `limit` pictures: the number of the first in it, and (B, C, S, S) uint8.
+
+    Whole batches are dealt out, so that any number of ranks sees the same ones. Raises whatever decoding raises.
+    """
     rows = islice(source.rows, limit)
-    return torch.stack([square(source, row, channels, side) for row in rows])
+    for number in count():
+        batch = list(islice(rows, batch_size))
+        if not batch:
+            return
+        if number % num_ranks == rank:
+            yield number * batch_size, torch.stack([square(source, row, channels, side) for row in batch])
 
 
 def read_images(source: ImageSource, channels: int, side: int) -> LabelledImages:

@@ -1,6 +1,7 @@
 """Quality against bits: tokenizers as points, codecs as curves.
 
-A row has `name`, `bits_per_pixel` and, by a measure's name, {mean, low, high}; a codec has a row per quality.
+A row has `name`, `bits_per_pixel` and, by a measure's name, {mean, low, high}, of a tokenizer's LPIPS also {network,
+trained_on}; a codec has a row per quality.
 """
 
 from itertools import groupby
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (less is better)"}
+TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS-{network} (less is better)"}
 
 Row = dict[str, Any]
 
@@ -45,6 +46,7 @@ def measures(row: Row) -> list[str]:
 def plot(path: Path, rows: list[Row]) -> None:
     """A PNG with a panel per measure: means with their intervals over bits per pixel, on a logarithmic axis."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a screen
+    from matplotlib.ticker import LogLocator, NullLocator
 
     codec_rows = [row for row in rows if "quality" in row]
     tokenizer_rows = [row for row in rows if "quality" not in row]
@@ -54,9 +56,13 @@ def plot(path: Path, rows: list[Row]) -> None:
         for name, curve in curves(codec_rows).items():
             draw(axes, curve, measure, name, ".-")
         for row in tokenizer_rows:
-            draw(axes, [row], measure, row["name"], "o")
-        axes.set(xscale="log", xlabel="bits per pixel", title=TITLES[measure])
-        axes.grid(alpha=0.3, which="both")
+            seen = row[measure].get("trained_on") is True
+            draw(axes, [row], measure, f"{row['name']}, trained on it" if seen else row["name"], "o")
+        axes.set(xscale="log", xlabel="bits per pixel", title=TITLES[measure].format(**rows[0][measure]))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from train.config import UserError, differences
 
 ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "torchvision", "accelerate", "datasets", "lpips", "torch-fidelity", "pillow")
 
 
 def tell(progress: str) -> None:
@@ -80,9 +81,16 @@ def circumstances() -> dict[str, object]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("torch", "accelerate", "datasets")}
-        | {"python": platform.python_version()},
+        "versions": {name: version_of(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
+
+
+def version_of(library: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

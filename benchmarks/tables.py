@@ -68,26 +68,38 @@ def generation_row(result: dict[str, Any]) -> dict[str, str]:
 
 def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits."""
-    return [
-        cells
-        for row in result["rows"]
-        if "quality" not in row
-        for cells in (
-            reconstruction_cells(
-                row["name"], row["bits_per_pixel"], {each: row[each]["mean"] for each in MEASURES if each in row}
-            ),
-            *(
-                reconstruction_cells(f"{codec} at those bits", row["bits_per_pixel"], means or {})
-                for codec, means in row["codecs_at_the_same_bits"].items()
-            ),
-        )
-    ]
+    protocol = result["protocol"]
+    settings, images = protocol["settings"], protocol["images"]
+    pictures = f"{images:,} of {settings['data']} {protocol['split']}, {settings['image_size']} px"
+    rows = []
+    for row in result["rows"]:
+        if "quality" not in row:
+            bits, network = row["bits_per_pixel"], row.get("lpips", {}).get("network")
+            rows.append(reconstruction_cells(row["name"], bits, row, network, pictures))
+            for codec, means in row["codecs_at_the_same_bits"].items():
+                measured = {measure: {"mean": mean} for measure, mean in (means or {}).items()}
+                rows.append(reconstruction_cells(f"{codec} at those bits", bits, measured, network, pictures))
+    return rows
 
 
-def reconstruction_cells(name: str, bits: float, means: dict[str, float]) -> dict[str, str]:
-    """One line of the comparison; a codec without means cannot make files of that size."""
-    cells = {title: digits.format(means[each]) if each in means else "-" for each, (title, digits) in MEASURES.items()}
-    return {"what": name, "bits per pixel": f"{bits:.3f}"} | cells
+def reconstruction_cells(
+    name: str, bits: float, measured: dict[str, Any], lpips_network: str | None, pictures: str
+) -> dict[str, str]:
+    """One line of the comparison, with half of each interval; a codec without means cannot make files of that size."""
+    cells = {"what": name, "bits per pixel": f"{bits:.3f}"}
+    for measure, (title, digits) in MEASURES.items():
+        found = measured.get(measure)
+        cells[title] = cell(found, digits) if found else "-"
+    if "lpips" in measured:
+        seen = {True: ", trained on", "unknown": ", perhaps trained on"}.get(measured["lpips"].get("trained_on"), "")
+        cells["LPIPS"] += f" ({lpips_network}{seen})"
+    return cells | {"pictures": pictures}
+
+
+def cell(found: dict[str, float], digits: str) -> str:
+    """A mean, and half of its interval where it has one."""
+    spread = f" ± {digits.format((found['high'] - found['low']) / 2)}" if "low" in found else ""
+    return digits.format(found["mean"]) + spread
 
 
 def hardware(result: dict[str, Any]) -> str:
@@ -103,9 +115,13 @@ def table(program: str) -> str:
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"{program}_*.json"))
     made = [ROWS[program](json.loads(path.read_text())) for path in paths]
     rows = [row for each in made for row in (each if isinstance(each, list) else [each])]
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return markdown(rows) if rows else ""
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table of rows that share their columns, without those that are empty in every row."""
+    titles = [title for title in rows[0] if any(row[title] != "-" for row in rows)]
+    lines = [titles, ["---"] * len(titles), *([row[title] for title in titles] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---")
 
 
@@ -125,7 +141,16 @@ def with_tables(readme: str) -> str:
     return readme
 
 
-MEASURES = {"psnr": ("PSNR", "{:.2f} dB"), "ssim": ("SSIM", "{:.4f}"), "lpips": ("LPIPS", "{:.4f}")}
+MEASURES = {
+    "psnr": ("PSNR (dB)", "{:.2f}"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "ms_ssim": ("MS-SSIM", "{:.4f}"),
+    "lpips": ("LPIPS", "{:.4f}"),
+    "rfid": ("rFID", "{:.2f}"),
+    "kernel_inception_v3": ("kernel distance, Inception", "{:.5f}"),
+    "frechet_mobilenet_v2": ("Frechet distance, MobileNetV2", "{:.3f}"),
+    "kernel_mobilenet_v2": ("kernel distance, MobileNetV2", "{:.5f}"),
+}
 
 ROWS = {
     "vqvae": tokenizer_row,

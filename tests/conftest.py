@@ -87,3 +87,19 @@ def squeeze_home(empty_home):
     torch.manual_seed(7)
     torch.save(torchvision.models.squeezenet1_1().state_dict(), empty_home / SQUEEZE_FILE)
     return empty_home
+
+
+@pytest.fixture(scope="session")
+def mobilenet_file(tmp_path_factory) -> str:
+    """Made-up weights of the MobileNetV2 that judges."""
+    from torchvision.models import mobilenet_v2
+
+    path = tmp_path_factory.mktemp("mobilenet") / "mobilenet_v2.pth"
+    torch.manual_seed(7)
+    network = mobilenet_v2(num_classes=1001)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # after one batch its features are neither all nought nor all saturated
+    network(torch.rand(8, 3, 64, 64))
+    torch.save(network.state_dict(), path)
+    return str(path)

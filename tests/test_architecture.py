@@ -28,7 +28,7 @@ OTHERS_ALLOWED = {
 }
 NOT_NEEDED = [
     *("accelerate", "datasets", "lpips", "omegaconf", "skimage", "sklearn", "tensorboard", "torchvision", "wandb"),
-    *("diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "transformers"),
+    *("diffusers", "matplotlib", "pandas", "pyarrow", "scipy", "torch_fidelity", "transformers"),
 ]
 
 

@@ -56,6 +56,14 @@ def test_the_settings_of_each_command_are_valid(command):
     parse(SETTINGS[program.removesuffix(".py")], presets)
 
 
+def test_the_settings_of_the_measuring_command_are_valid(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from reconstruction import ReconstructionRun
+
+    (command,) = re.findall(r"^accelerate launch benchmarks/reconstruction.py mine (.*)$", README, re.M)
+    assert parse(ReconstructionRun, shlex.split(command)).tokenizers == ["runs/mine", "you/name"]
+
+
 def test_the_first_command_runs_in_an_empty_folder(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train/vqvae.py")]
     subprocess.run([*launcher, "steps=2"], cwd=tmp_path, check=True, capture_output=True, timeout=300)

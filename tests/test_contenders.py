@@ -1,0 +1,68 @@
+"""Codecs by hand, and where it stands written what a tokenizer was trained on: on disk and on a Hub."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import in_own_process, serve_hub
+from PIL import Image
+from test_publishing import tiny_model
+
+from tokenizer import ModelCard
+from train.config import parse, to_yaml
+from train.settings import TokenizerRun
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
+
+from contenders import Codec, perceptual_loss_of
+
+SIDE, TOKEN = 20, "hf_right"
+
+
+def settings_with(*arguments: str) -> str:
+    return to_yaml(parse(TokenizerRun, [*arguments]))
+
+
+def card(settings: str = "") -> ModelCard:
+    return ModelCard(license="mit", data="org/data", data_license="mit", settings=settings)
+
+
+def test_a_folder_says_in_its_settings_or_its_card_by_what_it_was_trained(tmp_path):
+    for name, settings in (("lpips", settings_with("loss.perceptual=squeeze")), ("pixels", settings_with())):
+        tiny_model().save_pretrained(tmp_path / name, card(settings))
+    tiny_model().save_pretrained(tmp_path / "silent", card())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(settings_with("loss.perceptual=vgg"))
+    found = [perceptual_loss_of(str(tmp_path / name)) for name in ("lpips", "pixels", "silent", "run")]
+    assert found == ["squeeze", None, "unknown", "vgg"]
+
+
+def published_story() -> list[str | None]:
+    """Publish two tokenizers, and ask of each and of one that is not there."""
+    for name, settings in (("org/lpips", settings_with("loss.perceptual=alex")), ("org/silent", "")):
+        tiny_model().push_to_hub(name, card(settings))
+    return [perceptual_loss_of(name) for name in ("org/lpips", "org/silent", "org/unknown")]
+
+
+def test_the_hub_says_in_the_card_by_what_it_was_trained(tmp_path):
+    with serve_hub(TOKEN) as hub:
+        assert in_own_process(published_story, tmp_path, hub.url, token=TOKEN) == ["alex", "unknown", "unknown"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["JPEG", "WEBP"])
+def test_a_codec_counts_whole_files_and_better_quality_costs_more(name, channels):
+    torch.manual_seed(0)
+    pictures = torch.nn.functional.interpolate(torch.rand(3, channels, 5, 5), SIDE).mul(255).byte()
+    low, high = Codec(name, 5), Codec(name, 95)
+    errors = [(codec.reconstruct(0, pictures).float() - pictures.float()).abs().mean() for codec in (low, high)]
+    assert errors[1] < errors[0]
+    bits = [codec.row(codec.sums(), 3, SIDE)["bits_per_pixel"] for codec in (low, high)]
+    assert bits[0] < bits[1]
+    one = Codec("JPEG", 50)
+    one.reconstruct(0, pictures[:1])
+    file, pixels = io.BytesIO(), pictures[0].movedim(0, -1).numpy()
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file, format="JPEG", quality=50, optimize=True)
+    assert one.row(one.sums(), 1, SIDE)["bits_per_pixel"] == 8 * len(file.getvalue()) / SIDE**2

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +21,7 @@ import torch
 from classifier import DESCRIPTION, Classifier, accuracy, predict, train_classifier
 from labelled_images import LabelledImages, read_images
 from neighbours import distances_of, nearest
-from recording import ROOT, command_line, num_parameters, record, refusals, tell
+from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
 from torch import Tensor
 
 from prior import AutoregressivePrior
@@ -62,11 +62,6 @@ class GenerationRun:
     def __post_init__(self) -> None:
         at_least_one(self, "num_samples", "batch_size")
         require(self.classifier_steps >= 2, f"classifier_steps={self.classifier_steps}", "be >= 2")
-
-    def public(self) -> dict[str, object]:
-        """The settings for the record, the data by its public name."""
-        settings = asdict(self)
-        return settings | {"data": settings.pop("named") or self.data}
 
 
 def main(name: str, config: GenerationRun, root: Path = ROOT) -> None:
@@ -238,7 +233,7 @@ def protocol_of(
 ) -> dict[str, object]:
     """What the figures were measured with: settings, models, pictures, classifier."""
     return {
-        "settings": config.public(),
+        "settings": public_settings(config),
         "prior": {"fingerprint": prior.fingerprint, "parameters": num_parameters(prior)},
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
@@ -254,7 +249,7 @@ def protocol_of(
 def command_of(name: str, config: GenerationRun) -> str:
     """The command that measures the same."""
     always = ("prior", "tokenizer", "data")
-    return command_line("generation", name, config.public(), GenerationRun().public(), always)
+    return command_line("generation", name, public_settings(config), public_settings(GenerationRun()), always)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def content_hash(pixels: Tensor, *others: Tensor) -> str:
 
 
 def picture_batches(
-    source: ImageSource, channels: int, side: int, limit: int, batch_size: int, rank: int, num_ranks: int
+    source: ImageSource, channels: int, side: int, limit: int | None, batch_size: int, rank: int, num_ranks: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """This rank's batches of the first `limit` pictures: the number of the first in it, and (B, C, S, S) uint8.
+    """This rank's batches of the first `limit` pictures or of all: the number of its first, and (B, C, S, S) uint8.
 
     Whole batches are dealt out, so that any number of ranks sees the same ones. Raises whatever decoding raises.
     """

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any, ClassVar
 
 import torch
-from labelled_images import content_hash, read_pictures
+from labelled_images import content_hash, picture_batches
 from recording import ROOT, circumstances, command_line, num_parameters, public_settings, record, refusals, tell
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,7 +160,8 @@ def main(name: str, config: ReferenceRun, root: Path = ROOT) -> None:
         torch.set_num_threads(config.speed.threads)
     tell(f"reading {config.data}")
     with reading(config.data):
-        train, test = (read_pictures(source, 3, SIDE, None) for source in open_splits(config))
+        batches_of = partial(picture_batches, channels=3, side=SIDE, limit=None, batch_size=1000, rank=0, num_ranks=1)
+        train, test = (torch.cat([batch for _, batch in batches_of(source)]) for source in open_splits(config))
     variance = (train.double() / 255).var(correction=0).item()
     folder = root / "runs" / name
     rows: dict[str, list[dict[str, Any]]] = {}

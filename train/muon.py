@@ -1,0 +1,66 @@
+"""Muon: steps that move every direction of a matrix alike, for networks that must learn much in few steps.
+
+Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the step's size as in Liu et al. 2025, arXiv:2502.16982,
+equation 4, so that learning rates are those of AdamW.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that draws singular values towards 1, to within 0.7 and 1.2
+NUM_ITERATIONS = 5
+MOMENTUM = 0.95
+RMS_OF_ADAMW = 0.2  # of a typical AdamW step at learning rate 1
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for the groups with `orthogonal=True`, whose parameters have two dimensions or more; AdamW for the others.
+
+    A kernel counts as the matrix (out_channels, all else). Weight decay is decoupled in both.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss, groups = None, self.param_groups
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self.param_groups = [group for group in groups if not group.get("orthogonal")]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for weight in group["params"] if group.get("orthogonal") else ():
+                if weight.grad is not None:
+                    self.move(weight, group["lr"], group["weight_decay"])
+        return loss
+
+    def move(self, weight: Tensor, learning_rate: float, weight_decay: float) -> None:
+        """One step of a weight by its gradient."""
+        state = self.state[weight]
+        momentum = state.setdefault("momentum", torch.zeros_like(weight))
+        momentum.lerp_(weight.grad, 1 - MOMENTUM)
+        direction = orthogonalized(weight.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
+        size = RMS_OF_ADAMW * max(direction.shape) ** 0.5
+        weight.mul_(1 - learning_rate * weight_decay)
+        weight.add_(direction.view_as(weight), alpha=-learning_rate * size)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix with its singular vectors and singular values near 1, by Newton-Schulz iterations.
+
+    In bfloat16 on accelerators, which is enough for it, and in float32 on a CPU.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    x = x / (x.norm() + 1e-7)  # no singular value above 1
+    a, b, c = COEFFICIENTS
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)

@@ -233,7 +233,7 @@ def test_accumulated_batches_equal_one_batch(picture_folder, tmp_path):
     torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [["average.decay=0"], ["mixed_precision=bf16"]])
+@pytest.mark.parametrize("settings", [["average.decay=0"], ["mixed_precision=bf16"], ["optimizer.name=muon"]])
 def test_variants_resume_to_the_bit(settings, picture_folder, tmp_path, monkeypatch):
     assert_resumes_to_the_bit(picture_folder, settings, tmp_path, monkeypatch)
 

@@ -42,7 +42,11 @@ class MuonAdamW(torch.optim.AdamW):
     def move(self, weight: Tensor, learning_rate: float, weight_decay: float) -> None:
         """One step of a weight by its gradient."""
         state = self.state[weight]
-        momentum = state.setdefault("momentum", torch.zeros_like(weight))
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
+            state["momentum"] = torch.zeros_like(weight)
+        state["step"] += 1
+        momentum = state["momentum"]
         momentum.lerp_(weight.grad, 1 - MOMENTUM)
         direction = orthogonalized(weight.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
         size = RMS_OF_ADAMW * max(direction.shape) ** 0.5

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .checkpoint import RunFolder
 from .config import RunError, UserError
+from .muon import MuonAdamW
 from .progress import StopRequest
 from .settings import ThreadSettings, TrainingRun
 
@@ -56,21 +57,27 @@ def share_threads(accelerator: Accelerator, speed: ThreadSettings, num_busy_work
 
 @dataclass
 class Trainee:
-    """A network that learns, and how fast its AdamW may move it."""
+    """A network that learns, and how its optimizer may move it."""
 
     network: nn.Module  # without Accelerate's wrapping
     learning_rate: float  # highest, after the warm-up
     betas: tuple[float, float]
     weight_decay: float = 0.0  # of matrices and kernels
+    orthogonal: bool = False  # Muon moves these, but for embeddings, in place of AdamW
     model: nn.Module | None = None  # as Accelerate wraps it, once an Optimization has taken it on
     gradient_norm: Tensor | None = None  # of the last step, before clipping; None where no loss reached it
 
     def groups(self) -> list[dict[str, Any]]:
-        """Its parameters as two groups of AdamW."""
+        """Its parameters as groups of the optimizer: matrices and kernels, embeddings, biases and norms."""
         weights = list(self.network.parameters())
-        decayed = {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": self.weight_decay}
-        others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}  # biases and norms
-        return [group | {"betas": self.betas} for group in (decayed, others)]
+        embeddings = {id(each.weight) for each in self.network.modules() if isinstance(each, nn.Embedding)}
+        decay = {"weight_decay": self.weight_decay}
+        groups = [
+            decay | {"params": [weight for weight in weights if weight.ndim > 1 and id(weight) not in embeddings]},
+            decay | {"params": [weight for weight in weights if id(weight) in embeddings], "orthogonal": False},
+            {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0, "orthogonal": False},
+        ]
+        return [{"betas": self.betas, "orthogonal": self.orthogonal} | group for group in groups if group["params"]]
 
 
 class Optimization:
@@ -100,20 +107,23 @@ class Optimization:
         if config.speed.compile:
             network.compile()
         options = config.optimizer
-        main = Trainee(network, config.learning_rate, (options.beta1, options.beta2), options.weight_decay)
+        betas, orthogonal = (options.beta1, options.beta2), options.name == "muon"
+        main = Trainee(network, config.learning_rate, betas, options.weight_decay, orthogonal)
         self.trainees = {"": main} | (beside or {})
         groups = [group for trainee in self.trainees.values() for group in trainee.groups()]
         networks = [trainee.network for trainee in self.trainees.values()]
-        *self.models, self.optimizer = accelerator.prepare(*networks, torch.optim.AdamW(groups))
+        *self.models, self.optimizer = accelerator.prepare(*networks, MuonAdamW(groups))
         for trainee, model in zip(self.trainees.values(), self.models, strict=True):
             trainee.model = model
         self.model = main.model
         self.stop = StopRequest()
         self.stopping = False  # a rank has been asked to end
+        self.step = 0  # the one that `begin` has begun
         self.num_skipped = 0  # steps in a row
 
     def begin(self, step: int) -> None:
         """Set the learning rates of a step."""
+        self.step = step
         highest = [trainee.learning_rate for trainee in self.trainees.values() for _ in trainee.groups()]
         for group, rate in zip(self.optimizer.param_groups, highest, strict=True):
             group["lr"] = learning_rate(self.config, step, rate)
@@ -162,10 +172,11 @@ class Optimization:
     def figures(self) -> dict[str, float]:
         """What the log says of the last step beside its losses."""
         values = {}
-        for (name, trainee), group in zip(self.trainees.items(), self.optimizer.param_groups[::2], strict=True):
+        for name, trainee in self.trainees.items():
             if trainee.gradient_norm is not None:
                 values[f"{name}_gradient_norm".strip("_")] = trainee.gradient_norm.item()
-                values[f"{name}_learning_rate".strip("_")] = group["lr"]
+                rate = learning_rate(self.config, self.step, trainee.learning_rate)
+                values[f"{name}_learning_rate".strip("_")] = rate
         return values
 
     def nonfinite_terms(self, losses: dict[str, Tensor]) -> list[str]:

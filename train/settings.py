@@ -15,6 +15,7 @@ SMALLEST_PERCEPTUAL = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side th
 
 @dataclass
 class OptimizerSettings:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: of kernels and matrices, AdamW for the rest; learns in fewer steps
     beta1: float = 0.9  # AdamW's memory of gradients
     beta2: float = 0.99  # and of their squares
     weight_decay: float = 0.0  # of matrices and kernels, decoupled, times the learning rate

@@ -195,7 +195,7 @@ def train_reference(
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     order = batches(len(train), config.steps)
     last, begun = [], time.perf_counter()
-    for indices in tqdm(order, desc="reference", unit="step", disable=not sys.stderr.isatty()):
+    for indices in tqdm(order, desc="reference", unit="step", mininterval=5):
         images = train[indices].float() / 255
         reconstructions, tokens, commitment = model(images)
         nmse = F.mse_loss(reconstructions, images) / variance

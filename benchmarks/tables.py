@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,32 @@ def cell(found: dict[str, float], digits: str) -> str:
     return digits.format(found["mean"]) + spread
 
 
+def reference_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The cells of each model of a recorded comparison with the reference, by the column's title; means over seeds."""
+    rows = []
+    for model in result["models"]:
+        runs = model["runs"]
+        psnr, used, perplexity, seconds = (
+            mean(run[key] for run in runs) for key in ("test_psnr", "usage", "perplexity", "seconds")
+        )
+        spread = "" if model["deviation"] is None else f" ± {model['deviation']:.4f}"
+        rows.append(
+            {
+                "model": "the example" if model["model"] == "reference" else f"`train/vqvae.py {model['model']}`",
+                "test NMSE": f"{model['test_nmse']:.4f}{spread}",
+                "under the first": f"{model['under_the_first']:.1%}" if rows else "-",
+                "test PSNR": f"{psnr:.2f} dB",
+                "codes in use": f"{used:.1%}",
+                "perplexity": f"{perplexity:.0f}",
+                "parameters": f"{runs[0]['parameters']:,}",
+                "seeds": str(len(runs)),
+                "time": f"{seconds / 60:.1f} min",
+                "on": hardware(runs[0]["made_with"]),
+            }
+        )
+    return rows
+
+
 def hardware(result: dict[str, Any]) -> str:
     """What the figures were measured on."""
     if result["device"] != "cpu":
@@ -158,6 +185,7 @@ ROWS = {
     "token_prior": prior_row,
     "generation": generation_row,
     "reconstruction": reconstruction_rows,
+    "reference_vqvae": reference_rows,
 }
 
 if __name__ == "__main__":

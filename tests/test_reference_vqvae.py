@@ -14,6 +14,7 @@ from train.config import UserError, parse
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
 import reference_vqvae
+import tables
 from recording import num_parameters
 from reference_vqvae import (
     ReferenceQuantizer,
@@ -139,6 +140,10 @@ def test_the_comparison_trains_each_model_once_and_records_all_of_them(colours, 
     settings = (tmp_path / "runs/colours" / f"{folder_name(model)}_3" / "run/run.yaml").read_text()
     assert "learning_rate: 0.002" in settings
     assert "seed: 3" in settings
+    example, ours = tables.reference_rows(written)
+    assert example["parameters"] == "662,723"
+    assert "learning_rate=0.002" in ours["model"]
+    assert ours["under the first"].endswith("%")
 
     def never(*arguments: object) -> None:
         raise AssertionError("it was trained already")

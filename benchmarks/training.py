@@ -25,9 +25,12 @@ def main(name: str, program: str, arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if not argument.startswith("named=")]
     stem = Path(program).stem
     config = parse(SETTINGS[stem], arguments)
-    folder = ROOT / config.output_dir
-    if folder.exists():
-        sys.exit(f"error: {folder} is there already; a run is timed from its start, move it away")
+    folder, made = ROOT / config.output_dir, [config.output_dir]
+    if stem == "token_prior" and config.tokens is None:
+        made.append(StoreRun().output_dir)  # which the program writes first
+    for path in (ROOT / each for each in made):
+        if path.exists():
+            sys.exit(f"error: {path} is there already; a run is timed from its start, move it away")
     begun = time.perf_counter()
     subprocess.run(["accelerate", "launch", f"train/{stem}.py", *arguments], cwd=ROOT, check=True)
     figures = {"seconds": round(time.perf_counter() - begun, 1), **READERS[stem](folder)}

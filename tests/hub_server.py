@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,11 +65,11 @@ class Hub:
             raise RefusalError(404, "RevisionNotFound")
         return found[0]
 
-    def add_commit(self, repo: str, message: str, changes: dict[str, bytes]) -> Commit:
-        """A commit on main: the files of the last one with these added or replaced."""
+    def add_commit(self, repo: str, message: str, changes: dict[str, bytes], deleted: Collection[str] = ()) -> Commit:
+        """A commit on main: the files of the last one with these added or replaced, and those deleted."""
         commits = self.repos[repo]
         parent = commits[-1] if commits else Commit("", {}, "")
-        files = parent.files | changes
+        files = {path: content for path, content in parent.files.items() if path not in deleted} | changes
         blobs = {path: blob_oid(content) for path, content in files.items()}
         oid = hashlib.sha1(json.dumps([parent.oid, message, blobs]).encode()).hexdigest()
         commits.append(Commit(message, files, oid))
@@ -141,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
             lines = [json.loads(line) for line in body.splitlines()]
             changes = {line["value"]["path"]: line["value"] for line in lines if line["key"] == "file"}
             contents = {path: b64decode(file["content"]) for path, file in changes.items()}
-            added = hub.add_commit(repo, lines[0]["value"]["summary"], contents)
+            deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+            added = hub.add_commit(repo, lines[0]["value"]["summary"], contents, deleted)
             return {"success": True, "commitOid": added.oid, "commitUrl": f"{hub.url}/{repo}/commit/{added.oid}"}
         if action == "tree":
             return [

@@ -192,6 +192,15 @@ def test_columns_are_found_by_their_type_or_named_by_the_user(tmp_path, streamin
     assert take(config, 1)[0][1] == set()  # the damaged column beside it is not looked at
 
 
+@both_ways
+def test_a_label_column_that_holds_no_classes_is_refused(tmp_path, streaming):
+    write_parquet(tmp_path / "0.parquet", [png(flat(0))] * 2, "image", label=(datasets.Value("float64"), [0.5, 1.5]))
+    config = settings(tmp_path, streaming=streaming)
+    config.data_options.label_column = "label"
+    with pytest.raises(UserError, match="label_column=label .*holds Value.*class_encode_column"):
+        open_sources(config)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -28,7 +28,7 @@ from tokenizer import ImageTokenizer
 from tokenizer.images import convert, pil_to_tensor, resize_short_side
 from train.config import RunError, UserError, launch, parse
 from train.data import CropMaker
-from train.encode_dataset import encode_dataset, main, open_tokenizer
+from train.encode_dataset import encode_dataset, main, open_tokenizer, repo_id_of
 from train.settings import DataSettings, SourceSettings, StoreRun, TokenizerRun
 from train.sources import ImageSource
 from train.token_store import INDEX_NAME, TokenStore
@@ -359,6 +359,14 @@ def test_progress_tells_shards_images_speed_and_time_left(saved, data, tmp_path,
     assert all("images/s" in line and line.endswith(" left") for line in lines)
 
 
+def test_on_a_terminal_a_bar_counts_the_images(saved, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    encode(settings(saved, data, tmp_path / "store"))
+    told = capsys.readouterr().err
+    assert "19/19" in told
+    assert "shard " not in told
+
+
 def test_a_finished_store_says_so_and_changes_nothing(crops, caplog):
     before = {path: path.stat().st_mtime_ns for path in Path(crops.output_dir).iterdir()}
     with caplog.at_level("INFO"):
@@ -491,6 +499,24 @@ def test_a_damaged_shard_is_refused_with_the_way_out(saved, data, tmp_path):
     assert encode(config).index == store.index
 
 
+def test_a_lost_shard_of_a_finished_store_is_made_again(saved, data, tmp_path):
+    config = settings(saved, data, tmp_path / "store")
+    store = encode(config)
+    expected = contents(store.folder)
+    store.shards["train"][1].write_bytes(b"half a shard")
+    with pytest.raises(UserError, match="00001-of-00004.parquet is damaged .*delete it; then give the same command"):
+        encode(config)
+    store.shards["train"][1].unlink()
+    encode(config)
+    assert contents(store.folder) == expected
+
+
+def test_a_tokenizer_published_without_its_owner_is_not_named(saved, tmp_path):
+    published = Path(shutil.copytree(saved, tmp_path / "tokenizer"))
+    (published / "run.yaml").write_text("push_to_hub: tiny\n")
+    assert repo_id_of(str(published)) is None
+
+
 @pytest.mark.parametrize("change", [{"image_size": 10}, {"views": "flip"}, {"seed": 1}, {"rows_per_shard": 5}])
 def test_a_folder_with_other_settings_is_refused(crops, change):
     with pytest.raises(UserError, match="holds a run with other settings"):
@@ -554,3 +580,27 @@ def test_a_store_is_published_and_read_back_by_its_id_even_offline(saved, data, 
     assert seen["tokens"] == store.rows("train")[:]["tokens"].tolist()
     assert seen["keys"] == store.rows("train")[:]["key"].tolist()
     assert in_own_process(reading_story, tmp_path, hub.url, offline="1") == seen  # nobody listens any more
+
+
+def replacing_story() -> dict[str, Any]:
+    """Publish two stores of the settings of `settings.json` under one id, of different shards; read it back."""
+    os.environ["HF_TOKEN"] = "secret"
+    for name, rows_per_shard in (("first", 4), ("second", 100)):
+        given = [
+            *json.loads(Path("settings.json").read_text()),
+            f"output_dir={name}",
+            f"rows_per_shard={rows_per_shard}",
+        ]
+        encode(parse(StoreRun, given))
+    return reading_story()
+
+
+def test_a_store_published_again_in_other_shards_leaves_none_of_the_old_ones(saved, data, tmp_path):
+    card = ["push_to_hub=me/grids", "card.license=mit", "card.data=small pictures", "card.data_license=cc0-1.0"]
+    given = [f"tokenizer={saved}", f"data={data}", f"image_size={SIZE}", "num_workers=0", *card]
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+    with serve_hub(token="secret") as hub:
+        seen = in_own_process(replacing_story, tmp_path, hub.url)
+    assert len(seen["keys"]) == 14
+    shards = [name for name in hub.repos["me/grids"][-1].files if name.endswith(".parquet")]
+    assert shards == ["train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"]

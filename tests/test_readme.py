@@ -1,5 +1,6 @@
 """The README's commands and programs run as written, at a few steps."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -64,11 +65,17 @@ def test_the_settings_of_the_measuring_command_are_valid(monkeypatch):
     assert parse(ReconstructionRun, shlex.split(command)).tokenizers == ["runs/mine", "you/name"]
 
 
-def test_the_first_command_runs_in_an_empty_folder(tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train/vqvae.py")]
-    subprocess.run([*launcher, "steps=2"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    tokenizer = ImageTokenizer.from_pretrained(tmp_path / "runs" / "vqvae")
-    assert tokenizer.encode(picture(0, 64, 48)).shape == (1, 12, 16)
+def test_the_three_commands_to_a_generator_run_one_after_the_other(tmp_path):
+    section = README[README.index("## From pictures to a generator") :]
+    lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].splitlines()
+    short = [["steps=2"], ["num_crops=2"], ["steps=1", "eval_grids=2", "batch_size=2", "tokens=tokens"]]
+    for line, settings in zip(lines, short, strict=True):
+        program = shlex.split(line, comments=True)[2]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / program)]
+        subprocess.run([*launcher, *settings], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    assert ImageTokenizer.from_pretrained(tmp_path / "runs/vqvae").encode(picture(0, 64, 48)).shape == (1, 12, 16)
+    prior = AutoregressivePrior.from_pretrained(tmp_path / "runs/prior")
+    assert prior.generate(num_samples=1).shape == (1, 16, 16)
 
 
 def test_the_map_names_every_file_and_only_files_that_are_there():
@@ -85,3 +92,10 @@ def test_the_tables_are_those_of_the_results(monkeypatch):
     from tables import with_tables
 
     assert with_tables(README) == README
+
+
+def test_the_recorded_default_prior_is_as_good_and_as_quick_as_promised():
+    recorded = json.loads((ROOT / "benchmarks/results/token_prior_photographs.json").read_text())
+    metrics = recorded["metrics"]
+    assert metrics["bits_per_token"] <= 0.75 * metrics["unigram_bits_per_token"]
+    assert recorded["seconds"] <= 5 * 60

@@ -58,8 +58,9 @@ def test_help_prints_every_key_with_its_default_and_its_comment():
     assert end.value.code == 0
 
 
-def test_every_setting_says_what_it_is():
-    silent = [key for key, _, comment in settings_of(TokenizerRun) if not comment]
+@pytest.mark.parametrize("run", [TokenizerRun, StoreRun, PriorRun])
+def test_every_setting_says_what_it_is(run):
+    silent = [key for key, _, comment in settings_of(run) if not comment]
     assert not silent
 
 

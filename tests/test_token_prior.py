@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
+from test_token_store import write_store
 from torch.utils.checkpoint import checkpoint
 
 from prior import AutoregressivePrior, transformer
@@ -27,7 +30,7 @@ from train.encode_dataset import encode_dataset
 from train.likelihood import Grids, Judge, UnigramCode, entropy
 from train.settings import PriorRun, StoreRun
 from train.token_prior import main, warn_of_overfitting
-from train.token_store import TokenStore
+from train.token_store import StoreStamp, TokenStore
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -91,6 +94,8 @@ def undisturbed(made, tmp_path_factory) -> Path:
     done = run(command(made, output, launcher=("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")))
     assert done.returncode == 0, done.stderr
     assert all(word in done.stderr for word in ("step 10/10: bits/token", "validation", "tokens/s", "left"))
+    told = done.stderr.partition("step 10: ")[2]
+    assert all(name in told for name in ("train_bits_per_token", "unigram_bits_per_token", "validation_entropy"))
     return output
 
 
@@ -120,6 +125,13 @@ def test_the_figures_are_those_of_the_exported_prior(undisturbed, made):
     assert figures["bits_per_image"] == pytest.approx(16 * nats / math.log(2), rel=1e-4)
     assert figures["bits_per_dimension"] == pytest.approx(16 * nats / math.log(2) / (3 * 8 * 8), rel=1e-4)
     assert figures["uniform_bits_per_token"] == 5
+    train, validation = (TokenStore.open(made / "tokens").rows(split)[:] for split in ("train", "validation"))
+    counts = [torch.tensor(np.bincount(rows["tokens"].flatten(), minlength=32)) for rows in (train, validation)]
+    assert figures["unigram_bits_per_token"] == pytest.approx(UnigramCode(counts[0]).bits_per_token(counts[1]))
+    assert figures["validation_entropy"] == pytest.approx(entropy(counts[1]))
+    tokens, labels = torch.tensor(train["tokens"].astype(int)), torch.tensor(train["label"])
+    bits = -prior.log_prob(tokens, labels).sum().item() / tokens.numel() / math.log(2)
+    assert figures["train_bits_per_token"] == pytest.approx(bits, rel=1e-4)
     assert f"{figures['bits_per_token']:.6g}" in (undisturbed / "README.md").read_text()
 
 
@@ -202,6 +214,8 @@ def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, t
     train_here(made, tmp_path / "run", *ever_faster)  # until it knows less than before
     best = min(evaluations(tmp_path / "run"), key=lambda record: record["bits_per_token"])
     assert best["step"] < 40
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("best_*")]
+    assert kept == [f"best_{best['step']}.safetensors"]
     assert "overfitting at step 40" in caplog.text
     assert f"the best, {best['bits_per_token']:.3f} at step {best['step']}, is what is kept" in caplog.text
     prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
@@ -272,33 +286,95 @@ def test_the_store_of_another_tokenizer_is_refused_with_both_fingerprints(made, 
     assert ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint in str(error.value)
 
 
-def test_a_store_without_validation_rows_is_refused(made, tmp_path):
-    for name in ("tokenizer", "pictures"):
-        (tmp_path / name).symlink_to(made / name)
-    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
-    (shard,) = (tmp_path / "tokens").glob("validation-*.parquet")
-    shard.unlink()
+@pytest.mark.parametrize("empty", [("train",), ("validation",), ("train", "validation")])
+def test_a_store_with_an_empty_split_is_refused(made, tmp_path, empty):
+    shutil.copytree(made / "tokens", tmp_path / "tokens")
     index = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
-    index["num_rows"]["validation"] = 0
+    for split in empty:
+        index["num_rows"][split] = 0
+        for shard in (tmp_path / "tokens").glob(f"{split}-*.parquet"):
+            shard.unlink()
     (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no validation rows"):
-        train_here(tmp_path, tmp_path / "run")
+    with pytest.raises(UserError, match="holds no tokens" if len(empty) == 2 else f"no {empty[0]} rows"):
+        train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
 
 
-def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(made, tmp_path):
-    for name in ("tokenizer", "pictures"):
-        (tmp_path / name).symlink_to(made / name)
-    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
-    train_here(tmp_path, tmp_path / "run")
-    (tmp_path / "run" / "README.md").unlink()  # as if stopped before its end
+def test_a_store_of_several_grids_a_picture_is_refused(made, tmp_path):
+    stamp = StoreStamp(ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint, None, 32, [[1, 1], [4, 4]],
+                       17, 8, 3, None)  # fmt: skip
+    grids = np.zeros((4, 17), dtype=int)
+    write_store(tmp_path / "tokens", {"train": [grids], "validation": [grids]}, stamp)
+    with pytest.raises(UserError, match=r"17 tokens on grids \[\[1, 1\], \[4, 4\]\], .*a single codebook and scale"):
+        train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
+
+
+@pytest.fixture
+def stopped(made, tmp_path) -> Path:
+    """A folder of its own with a run that stopped before its end."""
+    shutil.copytree(made, tmp_path / "made")
+    train_here(tmp_path / "made", tmp_path / "made" / "run")
+    (tmp_path / "made" / "run" / "README.md").unlink()
+    shutil.rmtree(tmp_path / "made" / "tokens")
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize("codebook_size", [32, 64])
+def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(stopped, codebook_size):
+    before = ImageTokenizer.from_pretrained(stopped / "tokenizer").fingerprint
     torch.manual_seed(1)
-    (tmp_path / "tokenizer").unlink()
-    ImageTokenizer(tiny_config()).save_pretrained(tmp_path / "tokenizer")
-    for path in (tmp_path / "tokens").iterdir():
-        path.unlink()
-    store_of(tmp_path, "tokens", f"tokenizer={tmp_path / 'tokenizer'}")
-    with pytest.raises(UserError, match=r"was trained on tokens of the tokenizer with fingerprint .*start anew"):
-        train_here(tmp_path, tmp_path / "run")
+    other = ImageTokenizer(tiny_config(quantizer={"name": "ema_vq", "codebook_size": codebook_size}))
+    other.save_pretrained(stopped / "tokenizer")
+    store_of(stopped, "tokens", f"tokenizer={stopped / 'tokenizer'}")
+    with pytest.raises(UserError, match=f"{before}.*{other.fingerprint}.*start anew") as error:
+        train_here(stopped, stopped / "run")
+    assert ("vocab_size=32 (now 64)" in str(error.value)) == (codebook_size == 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [("image_size=16", "grids=.*now"), ("views=flip", "num_rows.train=18 .now 36")]
+)
+def test_a_run_whose_store_was_made_anew_of_other_pictures_is_refused(stopped, change, told):
+    store_of(stopped, "tokens", f"tokenizer={stopped / 'tokenizer'}", change)
+    with pytest.raises(UserError, match=f"trained on a token store with .*{told}.*start anew"):
+        train_here(stopped, stopped / "run")
+
+
+def test_the_config_names_the_repository_of_a_tokenizer_published_before_or_after_the_store(made, tmp_path):
+    shutil.copytree(made, tmp_path / "made")
+    (tmp_path / "made" / "tokenizer" / "run.yaml").write_text("push_to_hub: org/tiny\n")
+    train_here(tmp_path / "made", tmp_path / "after", "steps=1")
+    store_of(tmp_path / "made", "named", f"tokenizer={tmp_path / 'made' / 'tokenizer'}")
+    train_here(tmp_path / "made", tmp_path / "before", "steps=1", f"tokens={tmp_path / 'made' / 'named'}")
+    for run_folder in (tmp_path / "before", tmp_path / "after"):
+        prior = AutoregressivePrior.from_pretrained(run_folder)
+        assert prior.config.tokenizer == "org/tiny"
+        assert prior.config.tokenizer_fingerprint == ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint
+
+
+def test_a_default_folder_of_tokens_with_other_settings_is_refused_with_the_way_out(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "tokens", tmp_path / "tokens")
+    with pytest.raises(UserError, match=r"the default token store: .*other settings.*or give tokens=\.\.\."):
+        main(parse(PriorRun, [*TINY, f"tokenizer={made / 'tokenizer'}", f"output_dir={tmp_path / 'run'}"]))
+
+
+def test_a_network_that_cannot_be_built_is_refused_before_any_store_is_written():
+    with pytest.raises(UserError, match=r"width=128 is not a multiple of 4 \* num_heads=12"):
+        parse(PriorRun, ["model.num_heads=3"])
+
+
+def test_the_compile_switch_reaches_the_prior_and_changes_nothing(undisturbed, made, tmp_path, monkeypatch):
+    plain, compiled, compile_ = load_file(undisturbed / "model.safetensors"), [], torch.nn.Module.compile
+
+    def compile_traced(self):
+        compiled.append(type(self))
+        compile_(self, backend="eager")  # traced as ever, without the C++ compiler that a machine may lack
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_traced)
+    tensors = train_here(made, tmp_path / "run", "speed.compile=true")
+    assert compiled == [AutoregressivePrior]
+    for key in plain:
+        torch.testing.assert_close(tensors[key], plain[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_rows_without_a_class_and_tokens_out_of_range_are_refused(made):
@@ -327,6 +403,9 @@ def test_a_prior_is_published(made, tmp_path):
         done = run(arguments, **connection, HF_TOKEN="secret")
         assert done.returncode == 0, done.stderr
         card = hub.repos["me/prior"][-1].files["README.md"].decode()
+        load = "import prior; print(prior.AutoregressivePrior.from_pretrained('me/prior').fingerprint)"
+        loaded = run([sys.executable, "-c", load], cwd=ROOT, **connection)
+    assert loaded.stdout.split() == [AutoregressivePrior.from_pretrained(tmp_path / "run").fingerprint]
     for said in ("license: mit", 'from_pretrained("me/prior")', "check_tokenizer", "small pictures", "bits_per_token"):
         assert said in card
 

@@ -209,6 +209,11 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def rewrite_shard(folder: Path) -> None:  # by `datasets`, which keeps the rows and drops the stamp
+    path = str(folder / "train-00000-of-00002.parquet")
+    datasets.load_dataset("parquet", data_files=path, split="train").to_parquet(path)
+
+
 def shard_of_another_plan(folder: Path) -> None:
     shutil.copy(folder / "train-00000-of-00002.parquet", folder / "train-00000-of-00003.parquet")
 
@@ -231,6 +236,7 @@ BROKEN = [
     (shard_of_another_plan, ValueError, "train shards of 2 stores"),
     (replace_shard(replace(STAMP, tokenizer_fingerprint="e" * 64), 5), ValueError, "is of another store"),
     (replace_shard(STAMP, 4), ValueError, "holds 8 train rows and tokens.json says 9"),
+    (rewrite_shard, ValueError, "no shard of a token store"),
     (truncate, ValueError, "train-00000-of-00002.parquet is damaged"),
 ]
 

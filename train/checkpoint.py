@@ -2,7 +2,7 @@
 
 run.yaml            every setting
 checkpoints/step_N  what Accelerate saves (weights, optimizer, scaler, RNG, averaged weights), state_RANK.json
-checkpoints/best.safetensors   the weights of the best evaluation, where a program keeps them
+checkpoints/best_N.safetensors   the weights of the best evaluation, where a program keeps them
 config.json, model.safetensors, README.md   the finished model
 """
 
@@ -119,6 +119,12 @@ class RunFolder(OutputFolder):
             ) from error
         accelerator.wait_for_everyone()
 
+    def kept(self, accelerator: Accelerator) -> dict[str, Any]:
+        """What this rank kept with the newest checkpoint, which is not restored; {} where there is none."""
+        steps = self.saved_steps()
+        path = self.checkpoints / f"step_{steps[-1]}" / rank_file(accelerator) if steps else None
+        return json.loads(path.read_text())["kept"] if path and path.is_file() else {}
+
     def load(self, accelerator: Accelerator) -> tuple[int, dict[str, Any]]:
         """Restore the newest checkpoint: the number of steps done and what was kept besides; (0, {}) without one."""
         steps = self.saved_steps()
@@ -135,10 +141,15 @@ class RunFolder(OutputFolder):
         state = json.loads((newest / rank_file(accelerator)).read_text())
         return state["step"], state["kept"]
 
-    @property
-    def best(self) -> Path:
-        """Where the weights of the best evaluation are kept."""
-        return self.checkpoints / "best.safetensors"
+    def best(self, step: int) -> Path:
+        """Where the weights of an evaluation that was the best so far are kept."""
+        return self.checkpoints / f"best_{step}.safetensors"
+
+    def forget_best_but(self, step: int) -> None:
+        """Delete the weights of earlier best evaluations, once a checkpoint names that of a step as the best."""
+        for path in self.checkpoints.glob("best_*.safetensors"):
+            if path != self.best(step):
+                path.unlink()
 
 
 def rank_file(accelerator: Accelerator) -> str:

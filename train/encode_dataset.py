@@ -117,6 +117,16 @@ class StoreFolder(OutputFolder):
 
     last_file = INDEX_NAME
 
+    @property
+    def finished(self) -> bool:
+        """Whether tokens.json is there with every shard; a lost one is made again, a damaged one is a UserError."""
+        try:
+            return super().finished and bool(TokenStore.open(self.path).splits)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            raise UserError(f"{error}; then give the same command again") from None
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """Raise UserError where tokens in the folder were made by another tokenizer, such as it was before training."""
         for path in sorted(self.path.glob("*.parquet"))[:1]:  # check_shards sees the others
@@ -180,7 +190,7 @@ class StoreFolder(OutputFolder):
         self.write_card(TokenStore.open(self.path).index, repo_id)
         commit = hub.upload_folder(
             repo_id=repo_id, folder_path=self.path, repo_type="dataset", commit_message="Upload token store",
-            ignore_patterns=[SETTINGS_NAME, ".*"],
+            ignore_patterns=[SETTINGS_NAME, ".*"], delete_patterns="*.parquet",  # of a store that was there before
         )  # fmt: skip
         return commit.commit_url
 
@@ -304,7 +314,8 @@ def repo_id_of(tokenizer: str) -> str | None:
     if not Path(tokenizer).is_dir():
         return tokenizer
     settings = Path(tokenizer) / SETTINGS_NAME
-    return yaml.safe_load(settings.read_text()).get("push_to_hub") if settings.is_file() else None
+    published = yaml.safe_load(settings.read_text()).get("push_to_hub") if settings.is_file() else None
+    return published if published and "/" in published else None  # without its owner nobody else finds it
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ class Judge:
 
     def __init__(self, config: PriorRun, accelerator: Accelerator, store: TokenStore, train_grids: Grids):
         self.config, self.accelerator = config, accelerator
-        validation_grids = Grids(store.rows("validation"), train_grids.conditional)
+        rows = store.rows("validation")
+        measured = Grids(rows, False).some(config.eval_grids, config.seed)
+        validation_grids = Grids(rows.select(measured), train_grids.conditional)  # all codes are charged on these
         self.parts = {"train_": train_grids, "": validation_grids}
         stamp, num_classes = store.stamp, len(store.stamp.class_names or ())
         train_counts, counts = (

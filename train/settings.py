@@ -4,9 +4,10 @@ Settings that everyone uses are flat, the rest stand in groups. A default that f
 filled in by `__post_init__`, which raises ValueError for values that cannot be.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
+from prior import PriorConfig
 from tokenizer import TokenizerConfig
 
 PHOTOGRAPHS = "photographs"  # the embedded ones, see train/sources.py
@@ -275,10 +276,13 @@ class PriorSettings:
     """The network; what it models (vocabulary, grid, classes) is the token store's."""
 
     width: int = 128  # components of the residual stream
-    num_layers: int = 4
+    num_layers: int = 4  # blocks, each attention and feed-forward
     num_heads: int = 2  # each of width / num_heads components, a multiple of 4
     dropout: float = 0.1  # of the embeddings and of what each branch adds to the residual stream
     class_dropout: float = 0.1  # share of labels dropped in training; 0 gives up classifier-free guidance
+
+    def __post_init__(self) -> None:
+        PriorConfig(vocab_size=2, grid_size=[1, 1], **asdict(self))  # refuses a network that cannot be built
 
 
 @dataclass

@@ -160,6 +160,11 @@ def find_columns(rows: Dataset | IterableDataset, data: str, options: SourceSett
     for key, name in [("image_column", options.image_column), ("label_column", options.label_column)]:
         if name is not None and name not in features:
             raise UserError(f"data_options.{key}={name} is not a column of {data}; it has {', '.join(features)}")
+    if options.label_column is not None and options.label_column not in classes:
+        raise UserError(
+            f"data_options.label_column={options.label_column} of {data} holds {features[options.label_column]}, and "
+            f"classes are a ClassLabel; make it one with `class_encode_column` of datasets, or leave it out"
+        )
     if options.image_column is None and len(images) != 1:
         found = f"{len(images)} columns of images ({', '.join(images)})" if images else "no column of images"
         raise UserError(f"{data} has {found} among {', '.join(features)}; choose one: data_options.image_column=...")

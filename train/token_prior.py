@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +24,15 @@ from prior import AutoregressivePrior, PriorConfig
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
 from train.checkpoint import RunFolder
-from train.config import UserError, launch, to_yaml
+from train.config import UserError, differences, launch, to_yaml
 from train.data import dealt_batches
-from train.encode_dataset import encode_dataset, open_tokenizer
+from train.encode_dataset import encode_dataset, open_tokenizer, repo_id_of
 from train.likelihood import Grids, Judge, UnigramCode, as_they_are
 from train.optimization import Optimization, make_accelerator, share_threads
 from train.progress import METRICS_NAME, Progress, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import PriorRun, StoreRun
-from train.token_store import StoreStamp, TokenStore
+from train.token_store import SPLITS, StoreStamp, TokenStore
 
 log = logging.getLogger("train.token_prior")
 
@@ -74,8 +75,9 @@ def train(
     judge = Judge(config, accelerator, store, grids)
 
     folder.claim(accelerator)
+    identity = asdict(replace(store.stamp, tokenizer=None)) | {"num_rows": store.index.num_rows}
+    check_same_store(folder.kept(accelerator), identity, folder)  # before weights of another shape are loaded
     steps_done, kept = folder.load(accelerator)
-    check_same_store(kept, store, folder)
     best = kept.get("best", {"step": 0, "bits_per_token": math.inf})
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     num_batches = config.optimizer.accumulation_steps  # of a step
@@ -108,20 +110,21 @@ def train(
                 progress.record(step, metrics)
                 if metrics["bits_per_token"] < best["bits_per_token"]:
                     best = {"step": step, "bits_per_token": metrics["bits_per_token"]}
-                    keep_best(optimization.measured, folder, accelerator)
+                    keep_best(optimization.measured, folder.best(step), accelerator)
                 warn_of_overfitting(step, metrics, best)
                 if accelerator.is_main_process:
+                    log.info("step %d: %s", step, ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
                     save_sheet(folder.sample(step), drawn(optimization.measured, tokenizer, judge.unigram, config.seed))
                 num_tokens, clock = 0, time.perf_counter()
             if step % config.save_every == 0 or step == config.steps or optimization.stopping:
-                folder.save(
-                    accelerator, step, {"best": best, "tokenizer_fingerprint": store.stamp.tokenizer_fingerprint}
-                )
+                folder.save(accelerator, step, {"best": best, "store": identity})
+                if accelerator.is_main_process:
+                    folder.forget_best_but(best["step"])
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
                 return False
     if accelerator.is_main_process:
-        optimization.measured.load_state_dict(load_file(folder.best))
+        optimization.measured.load_state_dict(load_file(folder.best(best["step"])))
         optimization.measured.save_pretrained(folder.path, model_card(config, folder))
     accelerator.wait_for_everyone()
     return True
@@ -135,11 +138,14 @@ def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Acceler
             return None
         store = TokenStore.open(config.tokens or default.output_dir)
         store.check_tokenizer(tokenizer.fingerprint)
-        if "validation" not in store.splits:
-            raise ValueError("it has no validation rows to measure the prior on; encode data with eval_split=...")
+        for split in SPLITS:
+            if split not in store.splits:
+                raise ValueError(f"it has no {split} rows; encode data that has some, split=... and eval_split=...")
         with torch.device("meta"):
             build_prior(config, store.stamp)
         return store
+    except UserError as error:
+        raise type(error)(f"the default token store: {error}; or give tokens=... to train on another one") from None
     except (OSError, ValueError) as error:
         raise UserError(f"tokens={config.tokens or default.output_dir}: {error}") from None
 
@@ -156,27 +162,28 @@ def build_prior(config: PriorRun, stamp: StoreStamp) -> AutoregressivePrior:
             vocab_size=stamp.vocab_size,
             grid_size=list(stamp.grids[0]),
             num_classes=len(stamp.class_names or ()) if config.conditional else 0,
-            tokenizer=stamp.tokenizer,
+            tokenizer=stamp.tokenizer or repo_id_of(config.tokenizer),  # published since the store was written
             tokenizer_fingerprint=stamp.tokenizer_fingerprint,
             **asdict(config.model),
         )
     )
 
 
-def check_same_store(kept: dict[str, Any], store: TokenStore, folder: RunFolder) -> None:
-    """Raise UserError where the run's checkpoint was trained on the tokens of another tokenizer."""
-    before, now = kept.get("tokenizer_fingerprint"), store.stamp.tokenizer_fingerprint
-    if before not in (None, now):
+def check_same_store(kept: dict[str, Any], identity: dict[str, Any], folder: RunFolder) -> None:
+    """Raise UserError where the run's checkpoint was trained on another store than the one of that identity."""
+    found = differences(kept.get("store", identity), identity)
+    if found:
+        changed = ", ".join(f"{key}={before!r} (now {now!r})" for key, (before, now) in found.items())
         raise UserError(
-            f"output_dir={folder.path} was trained on tokens of the tokenizer with fingerprint {before}, and the store "
-            f"now holds those of {now}; start anew with another output_dir=..."
+            f"output_dir={folder.path} was trained on a token store with {changed}; "
+            f"give that store again, or start anew with another output_dir=..."
         )
 
 
-def keep_best(prior: AutoregressivePrior, folder: RunFolder, accelerator: Accelerator) -> None:
+def keep_best(prior: AutoregressivePrior, path: Path, accelerator: Accelerator) -> None:
     """Write the weights aside, to be exported if no later ones are better."""
     if accelerator.is_main_process:
-        with written_whole(folder.best) as part:
+        with written_whole(path) as part:
             save_file({name: tensor.contiguous() for name, tensor in prior.state_dict().items()}, part)
     accelerator.wait_for_everyone()
 

@@ -138,9 +138,10 @@ def hardware(result: dict[str, Any]) -> str:
 
 
 def table(program: str) -> str:
-    """A row per record of a program, in the order of their names; nothing where there is none."""
+    """A row per record of a program, the shortest command first, which is the default; nothing where there is none."""
     paths = sorted((ROOT / "benchmarks" / "results").glob(f"{program}_*.json"))
-    made = [ROWS[program](json.loads(path.read_text())) for path in paths]
+    results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: len(result["command"]))
+    made = [ROWS[program](result) for result in results]
     rows = [row for each in made for row in (each if isinstance(each, list) else [each])]
     return markdown(rows) if rows else ""
 

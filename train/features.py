@@ -79,7 +79,7 @@ class InceptionFeatures(nn.Module):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_HASH)
             if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION_HASH):
-                raise OSError(f"{path} is another file, or damaged: its sha256 does not begin with {INCEPTION_HASH}")
+                raise OSError(f"another file, or damaged: its sha256 does not begin with {INCEPTION_HASH}: {path}")
             self.network = FeatureExtractorInceptionV3(self.name, [str(self.num_features)], str(path))
         self.requires_grad_(False).eval()
 

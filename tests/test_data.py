@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, to_batch
 from train.config import RunError, UserError
-from train.data import MappedCrops, evaluation_batches, training_batches
+from train.data import MappedCrops, evaluation_batches, holding_signals, outlive_signals, training_batches
 from train.settings import DataSettings, TokenizerRun
 from train.sources import CorruptCounter, check_readable, find_columns, open_sources
 
@@ -504,3 +505,15 @@ def test_validation_pictures_are_prepared_as_encode_prepares_them(tmp_path, resi
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     (folder / f"{rank}.json").write_text(json.dumps(rank_story(folder)))
+
+
+def test_a_worker_lives_through_a_signal_that_comes_before_it_is_ready():
+    def start(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        outlive_signals(worker)
+
+    loader = torch.utils.data.DataLoader(range(3), batch_size=None, num_workers=1, worker_init_fn=start)
+    with holding_signals():
+        batches = iter(loader)
+    assert list(batches) == [0, 1, 2]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT}

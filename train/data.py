@@ -4,6 +4,7 @@ import itertools
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_EVAL_SIDE = 1024  # pixels; larger validation images are cropped to it
 CACHE_BYTES = 256 * 2**20  # decoded images that a worker keeps
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_EMPTY_EPOCHS = 10  # in a row; then a worker whose share of a stream holds no row ends
 
 Batches = Iterator[tuple[Tensor, list[Unreadable]]]  # crops uint8 (B, C, S, S), the unreadable images met on the way
@@ -168,8 +170,19 @@ def outlive_signals(worker: int) -> None:
     def outlive_one(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
 
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in STOP_SIGNALS:
         signal.signal(name, outlive_one)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see holding_signals
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Workers started inside the block get signals only once `outlive_signals` is in place, this process after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def training_batches(
@@ -188,7 +201,9 @@ def training_batches(
     loader = DataLoader(
         crops, config.batch_size, collate_fn=collate, pin_memory=accelerator.device.type == "cuda", **options
     )
-    return placed(itertools.islice(loader, batches_done, None), accelerator)
+    with holding_signals():
+        batches = itertools.islice(loader, batches_done, None)
+    return placed(batches, accelerator)
 
 
 def dealt_batches(
@@ -217,7 +232,10 @@ def dealt_batches(
     # Not Accelerator's method of that name, which would keep a reference to every loader of every evaluation.
     ranks = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
     dealt = prepare_data_loader(loader, accelerator.device, put_on_device=True, **ranks)
-    return iter(skip_first_batches(dealt, batches_done))
+    batches = iter(skip_first_batches(dealt, batches_done))
+    with holding_signals():  # the workers start with the first batch
+        first = next(batches)
+    return itertools.chain([first], batches)
 
 
 def placed(batches: Batches, accelerator: Accelerator) -> Batches:

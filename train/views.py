@@ -23,7 +23,7 @@ from tokenizer import ImageTokenizer
 from tokenizer.images import convert, pil_to_tensor, prepare_pil, resize_short_side
 
 from .config import UserError
-from .data import outlive_signals, picture_to_cut, random_square
+from .data import holding_signals, outlive_signals, picture_to_cut, random_square
 from .settings import PHOTOGRAPHS, StoreRun
 from .sources import ImageSource, Unreadable, is_path, reading
 from .token_store import NO_LABEL, shard_name
@@ -195,7 +195,9 @@ def shard_batches(
     """The batches of these shards; the shards that are read at the same time take turns."""
     pictures = ShardPictures(shards, sources, config, tokenizer)
     num_workers = min(config.num_workers, len(shards))
-    return DataLoader(pictures, batch_size=None, num_workers=num_workers, worker_init_fn=outlive_signals)
+    loader = DataLoader(pictures, batch_size=None, num_workers=num_workers, worker_init_fn=outlive_signals)
+    with holding_signals():
+        return iter(loader)
 
 
 def key_of(value: dict[str, Any] | None, data: str, split: str, number: tuple[int, ...], taken: set[str]) -> str:

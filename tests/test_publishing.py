@@ -272,20 +272,36 @@ def test_half_precision_weights_load_as_float32(saved):
 
 @pytest.mark.parametrize(("holder", "key", "value"), [(None, "image_channels", 1), ("quantizer", "normalize", True)])
 def test_a_later_key_keeps_older_models_and_their_fingerprint_as_they_were(saved, monkeypatch, holder, key, value):
-    """As if version 2 had added the key, and all models of version 1 had what is not today's default."""
-    path = saved / CONFIG
-    monkeypatch.setattr(TokenizerConfig, "later_keys", {f"quantizer.ema_vq.{key}" if holder else key: (2, value)})
-    monkeypatch.setattr(TokenizerConfig, "format_version", 2)
+    """As if the next version added the key, and all models of this one had what will not be the default then."""
+    path, version = saved / CONFIG, TokenizerConfig.format_version
+    monkeypatch.setattr(
+        TokenizerConfig, "later_keys", {f"quantizer.ema_vq.{key}" if holder else key: (version + 1, value)}
+    )
+    monkeypatch.setattr(TokenizerConfig, "format_version", version + 1)
     model = tiny_model(**{key: value})
     model.save_pretrained(saved)
     rewrite(path, lambda values: values | {holder: without(values[holder], key)} if holder else without(values, key))
     with pytest.raises(ValueError, match=f"lacks .*{key}"):
         load(saved)
-    rewrite(path, lambda values: values | {"format_version": 1})
+    rewrite(path, lambda values: values | {"format_version": version})
     loaded = load(saved)
     assert asdict(loaded.config) == asdict(model.config)
-    config_of_version_1 = without(without(json.loads(path.read_text()), "model"), "format_version")
-    assert loaded.fingerprint == model.hash_of(config_of_version_1, model.weights(of_decoder=False))
+    config_of_this_version = without(without(json.loads(path.read_text()), "model"), "format_version")
+    assert loaded.fingerprint == model.hash_of(config_of_this_version, model.weights(of_decoder=False))
+
+
+def test_a_model_of_the_first_version_loads_and_keeps_its_fingerprint(saved):
+    fingerprint = load(saved).fingerprint
+    gone = [path.split(".") for path in TokenizerConfig.later_keys]
+    first = json.loads((saved / CONFIG).read_text()) | {"format_version": 1}
+    for table, name, key in gone:
+        if first[table]["name"] == name:
+            first[table] = without(first[table], key)
+    rewrite(saved / CONFIG, lambda _: first)
+    loaded = load(saved)
+    assert loaded.fingerprint == fingerprint
+    plain = without(without(first, "model"), "format_version")
+    assert fingerprint == loaded.hash_of(plain, loaded.weights(of_decoder=False))
 
 
 @pytest.mark.parametrize("part", [ENCODER, "quantizer.ema_sum", "resize", DECODER])

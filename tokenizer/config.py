@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .autoencoder import AUTOENCODERS
 from .pretrained import PretrainedConfig, checked, unknown_key
@@ -12,6 +12,9 @@ from .quantizers import QUANTIZERS
 @dataclass
 class TokenizerConfig(PretrainedConfig):
     """`autoencoder` and `quantizer` name a class of their table and its hyperparameters; absent ones are filled in."""
+
+    format_version: ClassVar[int] = 2
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"quantizer.ema_vq.gradient": (2, "straight_through")}
 
     image_channels: int = 3  # 3 RGB or 1 grey
     resize: int | None = None  # PIL images: short side in pixels, then the centred square; null keeps their size

@@ -6,6 +6,7 @@ Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vect
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Quantizer, QuantizerOutput
+from .gradients import GRADIENTS
 from .search import nearest_codes
 
 SMOOTHING = 1e-5  # Laplace pseudo-count of a code (Sonnet's epsilon)
@@ -49,6 +51,7 @@ class EMAVectorQuantizer(Quantizer):
         normalize: bool = False,  # latents and codes on the unit sphere
         placement: float = 0.1,  # share of the run that is done when the codes are placed
         revival_threshold: float = 0.05,  # a code used less than this share of the mean is moved; 0 never moves one
+        gradient: Literal["straight_through", "rotation"] = "straight_through",  # estimator, see gradients.py
     ):
         super().__init__()
         check_hyperparameters(codebook_dim, codebook_size, decay, commitment_weight, placement, revival_threshold)
@@ -58,6 +61,7 @@ class EMAVectorQuantizer(Quantizer):
         self.normalize = normalize
         self.placement = placement
         self.revival_threshold = revival_threshold
+        self.estimator = GRADIENTS[gradient]
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_count", torch.ones(codebook_size))
         self.register_buffer("ema_sum", torch.randn(codebook_size, codebook_dim))
@@ -86,8 +90,7 @@ class EMAVectorQuantizer(Quantizer):
             if self.training:
                 codes = torch.where(self.num_steps > 0, codes, latents.detach())  # no codes placed yet
             commitment = self.commitment_weight * F.mse_loss(latents, codes)
-            # Straight-through with the value of `codes` to the bit: the bracket is exactly zero.
-            quantized = codes + (latents - latents.detach())
+            quantized = self.estimator(latents, codes)
         return QuantizerOutput(quantized, indices, {"commitment": commitment})
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:

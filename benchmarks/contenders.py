@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from diffusers_peer import DiffusersTokenizer, is_vq_model
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image, features
@@ -35,11 +36,14 @@ Sums = dict[str, Tensor]
 
 
 class SavedTokenizer:
-    """A tokenizer of a folder or a repo id; ValueError or FileNotFoundError where there is none."""
+    """A tokenizer of a folder or a repo id, or diffusers' VQModel of a folder.
+
+    Raises ValueError or FileNotFoundError where there is none.
+    """
 
     def __init__(self, name: str, device: torch.device):
         self.name = name
-        self.tokenizer = ImageTokenizer.from_pretrained(name).to(device)
+        self.tokenizer = (DiffusersTokenizer if is_vq_model(name) else ImageTokenizer.from_pretrained)(name).to(device)
         self.perceptual_loss = perceptual_loss_of(name)
         self.counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64)
         self.num_images, self.seconds = 0, {"encoded": 0.0, "decoded": 0.0}

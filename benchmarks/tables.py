@@ -7,6 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def tokenizer_row(result: dict[str, Any]) -> dict[str, str]:
@@ -129,6 +130,26 @@ def reference_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def ablation_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The cells of each model of a recorded ablation: what it has other than the first one, and what that changed."""
+    first = result["models"][0]
+    rows = []
+    for model in result["models"]:
+        changed = [word for word in model["model"].split() if word not in first["model"].split()]
+        perplexity, seconds = (mean(run[key] for run in model["runs"]) for key in ("perplexity", "seconds"))
+        rows.append(
+            {
+                "changed": f"`{' '.join(changed)}`" if changed else f"nothing: `{model['model']}`",
+                "test NMSE": f"{model['test_nmse']:.4f}",
+                "against the first": f"{model['test_nmse'] / first['test_nmse'] - 1:+.1%}" if rows else "-",
+                "perplexity": f"{perplexity:.0f}",
+                "parameters": f"{model['runs'][0]['parameters']:,}",
+                "time": f"{seconds / 60:.1f} min",
+            }
+        )
+    return rows
+
+
 def hardware(result: dict[str, Any]) -> str:
     """What the figures were measured on."""
     if result["device"] != "cpu":
@@ -139,11 +160,16 @@ def hardware(result: dict[str, Any]) -> str:
 
 def table(program: str) -> str:
     """A row per record of a program, the shortest command first, which is the default; nothing where there is none."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob(f"{program}_*.json"))
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if program_of(path) == program]
     results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: len(result["command"]))
     made = [ROWS[program](result) for result in results]
     rows = [row for each in made for row in (each if isinstance(each, list) else [each])]
     return markdown(rows) if rows else ""
+
+
+def program_of(path: Path) -> str | None:
+    """The longest name in ROWS that a record's name begins with."""
+    return max((name for name in ROWS if path.stem.startswith(f"{name}_")), key=len, default=None)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -187,6 +213,7 @@ ROWS = {
     "generation": generation_row,
     "reconstruction": reconstruction_rows,
     "reference_vqvae": reference_rows,
+    "reference_vqvae_ablation": ablation_rows,
 }
 
 if __name__ == "__main__":

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import picture
 from hub_server import serve_hub
 from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
 
-from tokenizer import ImageTokenizer
+from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import RunFolder
 from train.config import RunError, launch, parse
+from train.evaluation import TokenizerExaminer
+from train.losses import ReconstructionLoss
 from train.optimization import learning_rate
 from train.settings import TokenizerRun
-from train.vqvae import main, warn_of_collapse
+from train.vqvae import main
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -302,11 +305,12 @@ def test_a_run_that_only_skips_ends(picture_folder, tmp_path, monkeypatch):
 
 
 def test_collapse_is_warned_of(caplog):
-    config = TokenizerRun(steps=100)
-    warn_of_collapse(100, {"usage": 0.9}, config)
-    warn_of_collapse(10, {"usage": 0.1}, config)
+    model, config = ImageTokenizer(TokenizerConfig()), TokenizerRun(steps=100)
+    examiner = TokenizerExaminer(model, ReconstructionLoss(config.loss), config, Accelerator(cpu=True), None, [])
+    examiner.warn(100, {"usage": 0.9})
+    examiner.warn(10, {"usage": 0.1})
     assert not caplog.text
-    warn_of_collapse(50, {"usage": 0.1}, config)
+    examiner.warn(50, {"usage": 0.1})
     assert "only 10% of the codes are in use" in caplog.text
 
 

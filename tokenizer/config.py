@@ -1,4 +1,4 @@
-"""TokenizerConfig: exactly what a tokenizer's config.json holds, architecture and preprocessing."""
+"""Exactly what the config.json of a model of images holds: architecture and preprocessing."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -10,28 +10,37 @@ from .quantizers import QUANTIZERS
 
 
 @dataclass
-class TokenizerConfig(PretrainedConfig):
+class ImageConfig(PretrainedConfig):
+    """What every model of images has; `autoencoder` names a class of its table and its hyperparameters."""
+
+    image_channels: int = 3  # 3 RGB or 1 grey
+    resize: int | None = None  # PIL images: short side in pixels, then the centred square; null keeps their size
+    autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "convolutional"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.autoencoder = complete("autoencoder", self.autoencoder, AUTOENCODERS)
+        if self.image_channels not in (1, 3):
+            raise ValueError(f"image_channels={self.image_channels} must be 3 (RGB) or 1 (grey)")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
+
+
+@dataclass
+class TokenizerConfig(ImageConfig):
     """`autoencoder` and `quantizer` name a class of their table and its hyperparameters; absent ones are filled in."""
 
     format_version: ClassVar[int] = 2
     later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"quantizer.ema_vq.gradient": (2, "straight_through")}
 
-    image_channels: int = 3  # 3 RGB or 1 grey
-    resize: int | None = None  # PIL images: short side in pixels, then the centred square; null keeps their size
     codebook_dim: int = 8  # D, components of a code
-    autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "convolutional"})
     quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "ema_vq"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.autoencoder = complete("autoencoder", self.autoencoder, AUTOENCODERS)
         self.quantizer = complete("quantizer", self.quantizer, QUANTIZERS)
-        if self.image_channels not in (1, 3):
-            raise ValueError(f"image_channels={self.image_channels} must be 3 (RGB) or 1 (grey)")
         if self.codebook_dim < 1:
             raise ValueError(f"codebook_dim={self.codebook_dim} must be at least 1")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
 
 
 def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[str, Any]:
@@ -54,11 +63,19 @@ def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[s
 
 
 def hyperparameters(choice: type) -> dict[str, inspect.Parameter]:
-    """The parameters of a class in a table that a config may set: those with a default."""
+    """The parameters of a class in a table that a config may set: those with a default that a position can give.
+
+    A keyword-only one is for the model to decide, as the number of the encoder's outputs is.
+    """
     signature = inspect.signature(choice).parameters
-    return {key: parameter for key, parameter in signature.items() if parameter.default is not parameter.empty}
+    return {
+        key: parameter
+        for key, parameter in signature.items()
+        if parameter.default is not parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+    }
 
 
-def build(table: dict[str, type], chosen: dict[str, Any], *arguments: Any) -> Any:
-    """The class that a completed mapping names, made with its hyperparameters."""
-    return table[chosen["name"]](*arguments, **{key: value for key, value in chosen.items() if key != "name"})
+def build(table: dict[str, type], chosen: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+    """The class that a completed mapping names, made with its hyperparameters and what the model decides."""
+    chosen = dict(chosen)
+    return table[chosen.pop("name")](*arguments, **chosen, **options)

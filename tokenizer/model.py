@@ -4,17 +4,15 @@ Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h 
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .autoencoder import AUTOENCODERS
 from .config import TokenizerConfig, build
-from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
-from .pretrained import PretrainedModel
-from .quantizers import QUANTIZERS
+from .image_model import ImageModel
+from .images import Images
+from .quantizers import QUANTIZERS, Quantizer
 
 INTEGER_TYPES = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -38,7 +36,7 @@ class TokenizerOutput:
     losses: dict[str, Tensor]  # named scalars of the quantizer, already weighted
 
 
-class ImageTokenizer(PretrainedModel):
+class ImageTokenizer(ImageModel):
     """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): encoder, quantizer and decoder, chosen by the config."""
 
     config_class = TokenizerConfig
@@ -47,17 +45,16 @@ class ImageTokenizer(PretrainedModel):
     card_usage = USAGE
 
     def __init__(self, config: TokenizerConfig):
-        super().__init__(config)
-        self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, config.codebook_dim)
+        super().__init__(config, config.codebook_dim)
         self.quantizer = build(QUANTIZERS, config.quantizer, config.codebook_dim)
-        if config.resize is not None:
-            self.check_resize(config.resize)
+
+    @property
+    def bottleneck(self) -> Quantizer:
+        return self.quantizer
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
-        if not images.is_floating_point():
-            raise ValueError(f"images of {images.dtype}; forward takes floats in [0, 1]: divide by 255, or call encode")
-        check_shape(images.shape, self.config.image_channels, self.downsample_factor)
+        self.check_forward(images)
         quantized = self.quantizer(self.encode_latents(images))
         reconstructions = self.decode_latents(quantized.quantized)
         return TokenizerOutput(reconstructions, quantized.indices, quantized.losses)
@@ -71,13 +68,9 @@ class ImageTokenizer(PretrainedModel):
         argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
         the factor. Arrays and tensors are never resized. Raises ValueError for anything else.
         """
-        if resize == "config":
-            resize = self.config.resize
-        if resize is not None:
-            self.check_resize(resize)
-        batch = to_batch(images, self.config.image_channels, self.downsample_factor, resize)
+        batch = self.prepared(images, resize)
         with self.evaluating():
-            return self.quantizer(self.encode_latents(batch.to(self.device))).indices
+            return self.quantizer(self.encode_latents(batch)).indices
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -87,24 +80,6 @@ class ImageTokenizer(PretrainedModel):
         """
         with self.evaluating():
             return self.decode_latents(self.tokens_to_codes(tokens)).clamp(0, 1)
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Float images (B, C, H, W) in [0, 1] to latents (B, D, h, w), before the quantizer.
-
-        In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
-        token in about 5000 would depend on the pictures beside it.
-        """
-        at_once = len(images) if self.training or images.device.type != "cpu" else 1
-        pixels = (to_model_range(part.float()) for part in images.split(at_once))  # float32: bfloat16 rounds once
-        return torch.cat([self.autoencoder.encoder(self.laid_out(part)) for part in pixels])
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
-        return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
-
-    def laid_out(self, features: Tensor) -> Tensor:
-        """In the type of the weights and in one memory layout: convolutions round differently in another."""
-        return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w), or (h, w) for one picture, to codes (B, D, h, w) float32; ValueError as in `decode`."""
@@ -125,31 +100,6 @@ class ImageTokenizer(PretrainedModel):
         """Number of different tokens; every token lies in [0, vocab_size)."""
         return self.quantizer.vocab_size
 
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels of an image side per token."""
-        return self.autoencoder.downsample_factor
-
-    def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
-        height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size
-        factor = self.downsample_factor
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(
-                f"image_size={image_size} must be a positive multiple of downsample_factor={factor}; the nearest "
-                f"height is {nearest_multiples(height, factor)}, the nearest width {nearest_multiples(width, factor)}"
-            )
-        return height // factor, width // factor
-
-    def check_resize(self, resize: int) -> None:
-        """Raise ValueError unless `resize` is a side in pixels that the factor divides."""
-        factor = self.downsample_factor
-        if not isinstance(resize, Integral) or resize < 1 or resize % factor:
-            raise ValueError(
-                f"resize={resize!r} must be a side in pixels, a positive multiple of downsample_factor={factor}, "
-                f"or None to keep the size"
-            )
-
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (h, w) of each grid of tokens in order; one for a quantizer with a single scale."""
         return [self.grid_size(image_size)]
@@ -157,25 +107,3 @@ class ImageTokenizer(PretrainedModel):
     def tokens_per_image(self, image_size: int | tuple[int, int]) -> int:
         """Number of tokens of an image of (H, W) pixels, or of a square one."""
         return sum(height * width for height, width in self.grids(image_size))
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) over config and float32 weights of what makes tokens: preprocessing, encoder, quantizer.
-
-        Two tokenizers with one fingerprint read the same tokens from the same images; token stores and priors carry it.
-        """
-        return self.hash_of(self.config.identity(), self.weights(of_decoder=False))
-
-    @property
-    def decoder_fingerprint(self) -> str:
-        """sha256 (hex) over config and float32 weights of the decoder, which may be fine-tuned under fixed tokens."""
-        return self.hash_of({"autoencoder": self.config.identity()["autoencoder"]}, self.weights(of_decoder=True))
-
-    def weights(self, of_decoder: bool) -> dict[str, Tensor]:
-        """The tensors of the decoder, or those of everything else."""
-        tensors = self.state_dict()
-        return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype

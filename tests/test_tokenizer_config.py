@@ -16,8 +16,9 @@ from tokenizer.config import hyperparameters
 def test_a_part_is_completed_from_the_signature_of_its_class(part, table):
     for name, choice in table.items():
         completed = getattr(TokenizerConfig(**{part: {"name": name}}), part)
-        signature = inspect.signature(choice).parameters.values()
-        defaults = {each.name: each.default for each in signature if each.default is not each.empty}
+        given = inspect.signature(choice).parameters.values()
+        settable = [each for each in given if each.default is not each.empty and each.kind is not each.KEYWORD_ONLY]
+        defaults = {each.name: each.default for each in settable}
         assert list(completed) == ["name", *defaults]
         assert completed == {"name": name} | json.loads(json.dumps(defaults))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .autoencoder import AUTOENCODERS
+from .posteriors import POSTERIORS
 from .pretrained import PretrainedConfig, checked, unknown_key
 from .quantizers import QUANTIZERS
 
@@ -41,6 +42,20 @@ class TokenizerConfig(ImageConfig):
         self.quantizer = complete("quantizer", self.quantizer, QUANTIZERS)
         if self.codebook_dim < 1:
             raise ValueError(f"codebook_dim={self.codebook_dim} must be at least 1")
+
+
+@dataclass
+class VAEConfig(ImageConfig):
+    """`autoencoder` and `posterior` name a class of their table and its hyperparameters; absent ones are filled in."""
+
+    latent_dim: int = 8  # D, components of a latent, the channels of the grid
+    posterior: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.posterior = complete("posterior", self.posterior, POSTERIORS)
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim={self.latent_dim} must be at least 1")
 
 
 def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenizer import QUANTIZERS
+from tokenizer import POSTERIORS, QUANTIZERS
 from tokenizer.autoencoder import AUTOENCODERS
 from tokenizer.pretrained import unknown_key
 
-TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS}  # settings that name a class and its hyperparameters
+# Settings that name a class and its hyperparameters.
+TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS, "posterior": POSTERIORS}
 
 
 class UserError(Exception):
@@ -117,15 +118,15 @@ def help_text(config_class: type) -> str:
     return "\n".join(lines)
 
 
-def settings_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def settings_of(config_class: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, comment) of every setting, groups and choices of a table opened up."""
     documented = [comments_in(each) for each in reversed(config_class.__mro__[:-1])]
     comments = {name: comment for each in documented for name, comment in each.items()}
-    defaults, hints = config_class(), get_type_hints(config_class)
+    defaults, hints = defaults or config_class(), get_type_hints(config_class)
     for part in fields(config_class):
         default = getattr(defaults, part.name)
         if is_dataclass(hints[part.name]):
-            yield from settings_of(hints[part.name], f"{prefix}{part.name}.")
+            yield from settings_of(hints[part.name], f"{prefix}{part.name}.", default)
         elif part.name in TABLES:
             table, inner = TABLES[part.name], comments_in(TABLES[part.name][default["name"]].__init__)
             inner["name"] = f"one of {', '.join(table)}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
 from prior import PriorConfig
-from tokenizer import TokenizerConfig
+from tokenizer import TokenizerConfig, VAEConfig
 from tokenizer.config import ImageConfig
 
 PHOTOGRAPHS = "photographs"  # the embedded ones, see train/sources.py
@@ -245,6 +245,23 @@ class TokenizerRun(AutoencoderRun):
 
     output_dir: str = "runs/vqvae"  # the run's folder
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class VAERun(AutoencoderRun):
+    """Settings of train/vae.py. Those left empty that depend on the run's length follow `steps`."""
+
+    output_dir: str = "runs/vae"  # the run's folder
+    model: VAEConfig = field(default_factory=VAEConfig)
+    loss: LossSettings = field(default_factory=lambda: LossSettings(reconstruction="gaussian"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.loss.reconstruction == "gaussian",
+            f"loss.reconstruction={self.loss.reconstruction}",
+            "be gaussian: the ELBO needs a likelihood; l2 is that of a fixed deviation, loss.sigma=...",
+        )
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Train an image tokenizer: accelerate launch train/vqvae.py [preset.yaml] [key=value ...]; --help prints the keys."""
+"""Train an image tokenizer: accelerate launch train/vqvae.py [preset.yaml] [key=value ...]; --help prints the keys.
+
+The loop is that of every model of images; what it tells of a kind of model is in that kind's examiner.
+"""
 
 import itertools
 import logging
@@ -21,12 +24,13 @@ from train.losses import Deviation, ReconstructionLoss
 from train.optimization import Optimization, Trainee, make_accelerator
 from train.progress import Progress
 from train.publishing import publish, reserve_repository
-from train.settings import AutoencoderRun, TokenizerRun
+from train.settings import AutoencoderRun, TokenizerRun, VAERun
 from train.sources import CorruptCounter, ImageSource, check_readable, open_sources
+from train.vae_evaluation import VAEExaminer
 
 log = logging.getLogger("train.vqvae")
 
-EXAMINERS = {TokenizerRun: TokenizerExaminer}  # by the settings of a program: its kind of model
+EXAMINERS = {TokenizerRun: TokenizerExaminer, VAERun: VAEExaminer}  # by a program's settings: its kind of model
 
 
 def main(config: AutoencoderRun) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,12 @@ def command(folder: str, output: Path, *settings: str, launcher: tuple[str, ...]
     return [sys.executable, *launcher, PROGRAM, *TINY, f"data={folder}", f"output_dir={output}", *settings]
 
 
-def train_here(folder: str, output: Path, *settings: str) -> dict[str, torch.Tensor]:
+def train_here(
+    folder: str, output: Path, *settings: str, run: type = TokenizerRun, tiny: list[str] = TINY
+) -> dict[str, torch.Tensor]:
     """A run in this process; the exported tensors."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    main(parse(TokenizerRun, [*TINY, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
+    main(parse(run, [*tiny, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
     return load_file(output / "model.safetensors")
 
 
@@ -249,9 +252,11 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
     assert_resumes_to_the_bit(str(tmp_path / "data"), ["streaming=true", "num_workers=2"], tmp_path, monkeypatch)
 
 
-def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, monkeypatch) -> None:
+def assert_resumes_to_the_bit(
+    folder: str, settings: list[str], tmp_path: Path, monkeypatch, train: Callable[..., object] = train_here
+) -> None:
     """Interrupt a run in this process right after a checkpoint, mid-epoch, and compare it with an undisturbed one."""
-    train_here(folder, tmp_path / "whole", *settings)
+    train(folder, tmp_path / "whole", *settings)
     save = RunFolder.save
 
     def save_and_end(self, accelerator, step, kept):
@@ -261,8 +266,8 @@ def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, 
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(RunFolder, "save", save_and_end)
-        train_here(folder, tmp_path / "parts", *settings)
-    train_here(folder, tmp_path / "parts", *settings)
+        train(folder, tmp_path / "parts", *settings)
+    train(folder, tmp_path / "parts", *settings)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -35,7 +35,7 @@ class VAEExaminer(Examiner):
         """Nothing is counted over batches."""
 
     def figures(self, output: VAEOutput, images: Tensor) -> dict[str, float]:
-        """KL in nats per crop and its weight, and the ELBO of the last batch."""
+        """KL in nats per crop, its weight in the next step, and the ELBO of the last batch."""
         kl = gaussian_kl(output.mean, output.log_variance).detach().sum((1, 2, 3)).mean().item()
         nats = self.reconstruction_loss.nats(output.reconstructions, images).mean().item()
         weight = self.posterior.kl_weight.item()
@@ -111,9 +111,9 @@ class VAEExaminer(Examiner):
     def measured_on(cls, config: VAERun, metrics: dict[str, float]) -> str:
         return (
             f"On whole validation pictures ({config.eval_split or 'validation'} of `{config.data}`): `psnr`: dB, mean, "
-            f"of decode(encode(x)); `total_bits_per_dimension`: the negative ELBO, for the 8-bit pixels under a Gaussian "
-            f"of deviation `sigma`, per channel of a pixel, by one draw of the latents. On `num_crops` training crops of "
-            f"{config.image_size} pixels: `kl_nats` per crop, in all and of each channel; `active_units`: latents whose "
-            f"posterior mean has a variance above 0.01, of `num_units`; `mutual_information` of crop and latents in "
-            f"nats, which this estimate cannot show above log(`num_crops`)."
+            f"of decode(encode(x)); `total_bits_per_dimension`: the negative ELBO, for the 8-bit pixels under a "
+            f"Gaussian of deviation `sigma`, per channel of a pixel, by one draw of the latents. On `num_crops` "
+            f"training crops of {config.image_size} pixels: `kl_nats` per crop, in all and of each channel; "
+            f"`active_units`: latents whose posterior mean has a variance above 0.01, of `num_units`; "
+            f"`mutual_information` of crop and latents in nats, which this estimate cannot show above log(`num_crops`)."
         )

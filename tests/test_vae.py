@@ -1,4 +1,4 @@
-"""ImageVAE: images to latents and back, samples, refusals, saving; the autoencoder and the doors are the tokenizer's."""
+"""ImageVAE: images to latents and back, samples, refusals, saving; its doors are those of the tokenizer."""
 
 import copy
 import json
@@ -72,10 +72,10 @@ def test_pil_images_arrays_and_tensors_give_the_same_latents(vae):
 def test_a_draw_has_the_posteriors_moments_and_its_generator_repeats_it(vae):
     image = images_of(1, 1, 3, 4, 4)
     mean, log_variance = vae.moments(image)
-    draws = vae.encode(image.expand(4000, 3, 4, 4), sample=True, generator=seeded())
-    error = (0.5 * log_variance).exp() / 4000**0.5
+    draws = vae.encode(image.expand(1000, 3, 4, 4), sample=True, generator=seeded())
+    error = (0.5 * log_variance).exp() / 1000**0.5
     assert ((draws.mean(0) - mean[0]).abs() < 5 * error[0]).all()
-    torch.testing.assert_close(draws.var(0).log(), log_variance[0], rtol=0, atol=0.15)
+    torch.testing.assert_close(draws.var(0).log(), log_variance[0], rtol=0, atol=0.25)
     assert torch.equal(vae.encode(image, True, generator=seeded()), vae.encode(image, True, generator=seeded()))
     assert not torch.equal(vae.encode(image, True), vae.encode(image, True))
 

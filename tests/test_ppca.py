@@ -96,7 +96,7 @@ def linear_vae() -> ImageVAE:
 def pictures() -> torch.Tensor:
     """8-bit grey pictures (N, 1, 4, 4) of a linear Gaussian model, far from black and white."""
     generator = torch.Generator().manual_seed(0)
-    loadings = 0.1 * (torch.rand(NUM_LATENTS, SIDE**2, generator=generator) - 0.5)
+    loadings = 0.18 * (torch.rand(NUM_LATENTS, SIDE**2, generator=generator) - 0.5)
     latents = torch.randn(NUM_IMAGES, NUM_LATENTS, generator=generator)
     pixels = latents @ loadings + 0.04 * torch.randn(NUM_IMAGES, SIDE**2, generator=generator) + 0.5
     assert 0.02 < pixels.min() < pixels.max() < 0.98
@@ -185,9 +185,9 @@ def test_trained_by_gradient_it_comes_to_the_maximum_of_the_likelihood_and_never
     vae, images = linear_vae(), pictures()
     model = ProbabilisticPCA.at_the_maximum(flat(images), NUM_LATENTS)
     best, sigma = log_likelihood(model, images), model.variance.float().sqrt()
-    optimizer, told = torch.optim.Adam(vae.train().parameters(), 0.02), []
-    for step in range(500):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 500)
+    optimizer, told = torch.optim.Adam(vae.train().parameters(), 0.2), []
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 400)
         optimizer.zero_grad()
         output = vae(images)
         (gaussian_nats(images, output.reconstructions, sigma).mean() + output.losses["kl"]).backward()
@@ -195,4 +195,5 @@ def test_trained_by_gradient_it_comes_to_the_maximum_of_the_likelihood_and_never
         if step % 50 == 49:
             told.append(elbo(vae, images, model.variance))
     assert max(told) < best + 0.01
-    assert told[-1] == pytest.approx(best, abs=0.05)
+    assert told[-1] == pytest.approx(best, abs=0.15)
+    assert told[-1] > log_likelihood(ProbabilisticPCA.at_the_maximum(flat(images), 1), images)  # with both latents

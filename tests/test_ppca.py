@@ -19,7 +19,7 @@ from train.losses import gaussian_nats
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
-from em_view import generated, half_steps, table
+from em_view import draw, generated, half_steps, table
 from ppca import ProbabilisticPCA, Responsibilities
 
 SIDE, NUM_LATENTS, NUM_IMAGES = 4, 2, 300
@@ -41,6 +41,13 @@ def test_each_e_step_touches_the_likelihood_and_leaves_it_and_each_m_step_raises
         else:
             assert after.log_likelihood >= before.log_likelihood - 1e-9
     assert table(told).count("\n") == len(told)
+
+
+def test_the_two_curves_are_drawn(tmp_path):
+    from PIL import Image
+
+    draw(tmp_path / "plots" / "em.png", half_steps(generated(), num_rounds=3), best=-9.5)
+    assert Image.open(tmp_path / "plots" / "em.png").size == (700, 400)
 
 
 def test_em_comes_to_the_closed_maximum_of_the_likelihood():

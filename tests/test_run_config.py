@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from train.config import UserError, differences, help_text, parse, settings_of, to_yaml
-from train.settings import PriorRun, StoreRun, TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
 
 PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*/*.yaml"))
 
@@ -58,7 +58,7 @@ def test_help_prints_every_key_with_its_default_and_its_comment():
     assert end.value.code == 0
 
 
-@pytest.mark.parametrize("run", [TokenizerRun, StoreRun, PriorRun])
+@pytest.mark.parametrize("run", [TokenizerRun, VAERun, StoreRun, PriorRun])
 def test_every_setting_says_what_it_is(run):
     silent = [key for key, _, comment in settings_of(run) if not comment]
     assert not silent

@@ -17,10 +17,10 @@ from .soft_assignment import hard_codes, soft_statistics
 class IndexBackpropagationQuantizer(Quantizer):
     """The code of the largest scalar product, with the gradient of the softmax over all of them.
 
-    The gradient passes the one-hot index, (stop_grad(hard - soft) + soft) @ codebook, so that no code is left behind and
-    none is placed or revived. The double quantization loss is three terms: `commitment` and `codebook` with the chosen
-    code, as in VQ-VAE, and `index`, the distance again, with the gradient that passes the index. `entropy` is the mean
-    entropy of the softmax, made small, less the entropy of its mean over the vectors of all ranks, made large.
+    The gradient passes the one-hot index, (stop_grad(hard - soft) + soft) @ codebook, so that no code is left behind
+    and none is placed or revived. The double quantization loss is three terms: `commitment` and `codebook` with the
+    chosen code, as in VQ-VAE, and `index`, the distance again, with the gradient that passes the index. `entropy` is
+    the mean entropy of the softmax, made small, less the entropy of its mean over all ranks' vectors, made large.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class IndexBackpropagationQuantizer(Quantizer):
         probabilities, entropy = soft_statistics(vectors, codebook, bias, temperature)
         if self.training:  # in eval mode one rank may be alone in calling
             probabilities = mean_over_ranks(probabilities)
-        return entropy + torch.xlogy(probabilities, probabilities).sum()
+        logarithms = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()  # finite, its slope too
+        return entropy + (probabilities * logarithms).sum()
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook).movedim(-1, 1)

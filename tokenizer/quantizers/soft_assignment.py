@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from .search import rows_per_chunk
 
 
-@torch.compiler.disable
 def hard_codes(
     queries: Tensor, keys: Tensor, bias: Tensor, values: Tensor, temperature: Tensor, noise_seed: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -28,10 +27,10 @@ def hard_codes(
     gradient of the softmax, values (K, V) that of the code which was chosen. `temperature` is a scalar tensor. With a
     seed the noise is Gumbel's, so that indices are drawn by softmax(logits) (Jang et al. 2017, arXiv:1611.01144).
     """
-    return HardCodes.apply(queries, keys, bias, values, temperature, noise_seed)
+    # Where keys and values are one tensor: torch.compile traces no function that is given a tensor twice.
+    return HardCodes.apply(queries, keys, bias, values.view_as(values), temperature, noise_seed)
 
 
-@torch.compiler.disable
 def soft_statistics(queries: Tensor, keys: Tensor, bias: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Of softmax(logits / temperature): its mean over the vectors (K,), and the mean of its entropies in nats."""
     return SoftStatistics.apply(queries, keys, bias, temperature)

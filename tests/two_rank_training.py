@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tokenizer import QUANTIZERS
 
 NUM_STEPS = 8
+# Where they apply: fewer codes than vectors, or rounding decides between twins; and a revival at nearly every step.
+SETTINGS = {"codebook_size": 32, "revival_threshold": 0.5}
 
 
 class Compressor(nn.Module):
@@ -23,8 +25,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.encoder = nn.Conv2d(3, DIM, 1)
         choice = QUANTIZERS[name]
-        few = {"codebook_size": 32} if "codebook_size" in inspect.signature(choice).parameters else {}
-        self.quantizer = choice(DIM, **few)  # fewer codes than vectors: no two alike, between which rounding decides
+        known = inspect.signature(choice).parameters
+        self.quantizer = choice(DIM, **{key: value for key, value in SETTINGS.items() if key in known})
         self.decoder = nn.Conv2d(DIM, 3, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:

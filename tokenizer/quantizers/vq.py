@@ -18,12 +18,21 @@ class LearnedCodebook(PlacedQuantizer):
     """A codebook that the optimizer moves, placed and revived as in `PlacedQuantizer`.
 
     What an optimizer remembers of a code stays when the code is put elsewhere. Before placement no gradient reaches
-    the codes, and a code that is revived has had none for long, so that its momentum has faded; Adam's step is at most
-    a few learning rates whatever the second moment, and the quantizer need know no optimizer.
+    the codes, and a code that is revived has hardly had one for long, so that its momentum has faded; Adam's step is a
+    few learning rates at most, whatever the second moment, and the quantizer need know no optimizer.
     """
 
-    def __init__(self, codebook_dim: int, codebook_size: int, *arguments: float, **options: str | bool | float):
-        super().__init__(codebook_dim, codebook_size, USAGE_DECAY, *arguments, **options)
+    def __init__(
+        self,
+        codebook_dim: int,
+        codebook_size: int,
+        placement: float,
+        revival_threshold: float,
+        commitment_weight: float,
+        **comparison: str | bool | float,
+    ):
+        judged = (USAGE_DECAY, placement, revival_threshold)
+        super().__init__(codebook_dim, codebook_size, *judged, commitment_weight, **comparison)
         self.codes = nn.Embedding(codebook_size, codebook_dim)
 
     @property

@@ -45,7 +45,6 @@ class GumbelVectorQuantizer(Quantizer):
         self.codes = nn.Embedding(codebook_size, codebook_dim)
         self.keys = nn.Embedding(codebook_size, codebook_dim)  # the affine function: its rows, one for each code,
         self.bias = nn.Parameter(torch.zeros(codebook_size))  # and its constant
-        nn.init.uniform_(self.keys.weight, -(codebook_dim**-0.5), codebook_dim**-0.5)
         self.register_buffer("temperature", torch.tensor(start_temperature))
 
     @property

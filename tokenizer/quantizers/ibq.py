@@ -27,9 +27,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         self,
         codebook_dim: int,
         codebook_size: int = 1024,  # K, number of codes
-        commitment_weight: float = 1.0,  # of the term that draws latents to their codes
+        commitment_weight: float = 0.25,  # of the term that draws latents to their codes; the paper's is 1
         codebook_weight: float = 0.25,  # beta, of the term that draws codes to their latents
-        index_weight: float = 1.0,  # of the distance whose gradient passes the index
+        index_weight: float = 0.25,  # of the distance whose gradient passes the index; the paper's is 1
         entropy_weight: float = 0.05,  # of the entropy penalty; 0 does without
         entropy_temperature: float = 0.01,  # of the softmax in it
     ):

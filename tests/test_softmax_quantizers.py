@@ -1,4 +1,4 @@
-"""Quantizers whose gradient is a softmax's: of distances, of Gumbel's noise, and IBQ's."""
+"""Quantizers whose gradient is that of a softmax: softmax_vq, gumbel_vq and ibq."""
 
 import copy
 import math

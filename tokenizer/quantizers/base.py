@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass
 class QuantizerOutput:
-    quantized: Tensor  # (B, D, h, w) float32; in training the gradient passes straight through to the latents
+    quantized: Tensor  # (B, D, h, w) float32; its gradient reaches the latents as the quantizer says
     indices: Tensor  # (B, h, w) int64 in [0, vocab_size)
     losses: dict[str, Tensor]  # named scalars, already weighted; empty where the method has none
 
@@ -27,7 +27,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Latents (B, D, h, w) of any float type to the nearest codes; the search runs in float32."""
+        """Latents (B, D, h, w) of any float type to codes; the choice among them is made in float32."""
 
     @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:

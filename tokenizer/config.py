@@ -1,11 +1,11 @@
 """TokenizerConfig: exactly what a tokenizer's config.json holds, architecture and preprocessing."""
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .autoencoder import AUTOENCODERS
-from .pretrained import PretrainedConfig, checked, unknown_key
+from .choices import complete
+from .pretrained import PretrainedConfig
 from .quantizers import QUANTIZERS
 
 
@@ -32,33 +32,3 @@ class TokenizerConfig(PretrainedConfig):
             raise ValueError(f"codebook_dim={self.codebook_dim} must be at least 1")
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
-
-
-def complete(part: str, given: dict[str, Any], table: dict[str, type]) -> dict[str, Any]:
-    """`{name, **hyperparameters}` with every hyperparameter of the named class, in the order of its signature.
-
-    Raises ValueError for a name that is not in the table, an unknown hyperparameter or a value of another type.
-    """
-    name = given.get("name")
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{part}.name={name!r} must be one of {', '.join(sorted(table))}")
-    known = hyperparameters(table[name])
-    for key in given:
-        if key not in known and key != "name":
-            raise unknown_key(key, known, f"{part} {name!r}")
-    values = {
-        key: checked(f"{part}.{key}", given.get(key, parameter.default), parameter.annotation)
-        for key, parameter in known.items()
-    }
-    return {"name": name} | values
-
-
-def hyperparameters(choice: type) -> dict[str, inspect.Parameter]:
-    """The parameters of a class in a table that a config may set: those with a default."""
-    signature = inspect.signature(choice).parameters
-    return {key: parameter for key, parameter in signature.items() if parameter.default is not parameter.empty}
-
-
-def build(table: dict[str, type], chosen: dict[str, Any], *arguments: Any) -> Any:
-    """The class that a completed mapping names, made with its hyperparameters."""
-    return table[chosen["name"]](*arguments, **{key: value for key, value in chosen.items() if key != "name"})

@@ -2,7 +2,20 @@
 
 from .base import Quantizer, QuantizerOutput
 from .ema_vq import EMAVectorQuantizer
+from .grouped import GroupedQuantizer
+from .residual import ResidualQuantizer
 
-QUANTIZERS = {"ema_vq": EMAVectorQuantizer}
+QUANTIZERS = {
+    "ema_vq": EMAVectorQuantizer,
+    "residual": ResidualQuantizer,
+    "grouped": GroupedQuantizer,
+}
 
-__all__ = ["QUANTIZERS", "EMAVectorQuantizer", "Quantizer", "QuantizerOutput"]
+__all__ = [
+    "QUANTIZERS",
+    "EMAVectorQuantizer",
+    "GroupedQuantizer",
+    "Quantizer",
+    "QuantizerOutput",
+    "ResidualQuantizer",
+]

@@ -69,6 +69,10 @@ class EMAVectorQuantizer(Quantizer):
         self.pending: PendingStatistics | None = None
 
     @property
+    def placed(self) -> bool:
+        return bool(self.num_steps > 0)
+
+    @property
     def codebook(self) -> Tensor:
         """(K, D) float32, derived from the averages at each use, so that the two can never disagree."""
         if self.normalize:

@@ -30,7 +30,7 @@ def num_places(quantizer: Quantizer, grid_size: tuple[int, int]) -> int:
 
 
 def checked_tokens(tokens: Tensor, quantizer: Quantizer) -> Tensor:
-    """Tokens as an int64 batch; ValueError for what are no tokens of this quantizer, whatever the size of the picture."""
+    """Tokens as an int64 batch; ValueError for what are no tokens of this quantizer, whatever the picture's size."""
     rule = rule_of(quantizer)
     if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGER_TYPES:
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__

@@ -1,6 +1,6 @@
 """The contract of every quantizer.
 
-Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors, q codebooks, L indices of a picture.
+Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors, q codebooks, L tokens in all.
 Indices are (B, h, w); (B, h, w, q) where several codebooks describe a place; (B, L) where the grids differ in size.
 """
 

@@ -108,7 +108,7 @@ def test_a_shared_codebook_learns_from_the_inputs_of_all_stages():
     inputs = [latents]
     for stage in range(2):
         inputs.append(inputs[-1] - plain.indices_to_codes(indices[..., stage]))
-    plain(torch.cat(inputs))
+    plain(torch.cat(inputs, dim=2))
     assert torch.equal(part.pending.count, torch.bincount(indices.flatten(), minlength=16))
     assert len(part.pending.vectors) == 3 * latents[:, 0].numel()
     quantizer.step(), plain.step()
@@ -175,6 +175,25 @@ def test_groups_may_be_residual_and_their_indices_stand_group_after_group():
     assert output.indices.shape == (2, 3, 5, 6)
     assert torch.equal(output.indices[..., 3:], quantizer.parts[1](latents_of(9)[:, 2:]).indices)
     assert torch.equal(quantizer.indices_to_codes(output.indices), output.quantized)
+
+
+# Usage.
+
+
+def test_codes_are_numbered_by_the_codebook_that_they_belong_to():
+    inner = {"name": "residual", "depth": 2, "each": EACH}
+    for quantizer, offsets in [
+        (residual(), [0, 16, 32]),
+        (residual(shared=True), [0, 0, 0]),
+        (GroupedQuantizer(DIM, EACH), [0, 16]),
+        (GroupedQuantizer(DIM, inner), [0, 16, 32, 48]),
+        (GroupedQuantizer(DIM, inner | {"shared": True}), [0, 0, 16, 16]),
+    ]:
+        indices = quantizer(latents_of(1)).indices
+        numbers = quantizer.code_numbers(indices)
+        assert (numbers - indices)[0, 0, 0].tolist() == offsets
+        assert quantizer.num_codes == max(offsets) + 16
+        assert numbers.shape == indices.shape
 
 
 # What cannot be.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import picture, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import ANY_SIZE, images_of, placed
@@ -93,6 +93,18 @@ def test_a_saved_model_gives_the_same_tokens_and_pictures(structured, tmp_path):
     assert loaded.fingerprint == structured.fingerprint
     assert torch.equal(loaded.encode(images_of(1)), tokens)
     assert torch.equal(loaded.decode(tokens, (12, 20)), structured.decode(tokens, (12, 20)))
+
+
+def test_the_example_of_the_model_card_runs(structured, tmp_path, monkeypatch):
+    structured.save_pretrained(tmp_path / "model")
+    picture(0, 60, 44).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    program = (tmp_path / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict = {}
+    exec(compile(program, "README.md", "exec"), names)
+    assert names["pictures"].shape[:2] == (1, 3)
+    shape = program.partition("int64 (1, ")[2].partition(")")[0].split(", ")
+    assert names["tokens"].ndim == 1 + len(shape)
 
 
 def test_forward_gives_a_gradient_to_every_parameter(structured):

@@ -17,14 +17,14 @@ from .config import TokenizerConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .pretrained import PretrainedModel
 from .quantizers import QUANTIZERS
-from .tokens import checked_tokens, grid_of, num_places, token_shape
+from .tokens import checked_tokens, grid_of, num_places, rule_of, token_shape
 
 USAGE = """
 from PIL import Image
 from tokenizer import ImageTokenizer
 
 tokenizer = ImageTokenizer.from_pretrained("{source}")
-tokens = tokenizer.encode(Image.open("picture.jpg"))  # int64 (1, h, w)
+tokens = tokenizer.encode(Image.open("picture.jpg")RESIZE)  # int64 SHAPE
 pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 """
 
@@ -42,7 +42,6 @@ class ImageTokenizer(PretrainedModel):
     config_class = TokenizerConfig
     card_caption = "originals above, reconstructions below"
     card_tags: ClassVar[list[str]] = ["image-tokenizer", "vq-vae", "vector-quantization"]
-    card_usage = USAGE
 
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
@@ -182,6 +181,12 @@ class ImageTokenizer(PretrainedModel):
         """The tensors of the decoder, or those of everything else."""
         tensors = self.state_dict()
         return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
+
+    @property
+    def card_usage(self) -> str:
+        # Of a square, since from tokens (B, L) alone no other size can be told.
+        square = f", resize={16 * self.downsample_factor}" if self.quantizer.multiscale else ""
+        return USAGE.replace("RESIZE", square).replace("SHAPE", rule_of(self.quantizer).replace("B", "1"))
 
     @property
     def dtype(self) -> torch.dtype:

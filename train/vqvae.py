@@ -69,7 +69,7 @@ def train(
     if "discriminator" in beside:
         kernel = last_kernel(tokenizer.autoencoder.decoder)
         adversary = Adversary(config.adversarial, beside["discriminator"], kernel, accelerator)
-    window = UsageWindow(tokenizer.vocab_size)
+    window = UsageWindow(tokenizer.quantizer.num_codes)
     accelerator.register_for_checkpointing(window)
 
     folder.claim(accelerator)
@@ -99,7 +99,7 @@ def train(
                     if opposed:
                         judgement = adversary.discriminator_losses(images, output.reconstructions)
                         accelerator.backward(sum(judgement.values()))
-                window.add(output.tokens)
+                window.add(tokenizer.quantizer.code_numbers(output.tokens))
                 num_images += len(images) * accelerator.num_processes
             taken = optimization.take(step, losses | judgement)
             if taken:
@@ -194,15 +194,17 @@ def evaluate(
     rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     totals = torch.zeros(3, device=device)  # sums over the pictures: PSNR, nats, 1
     for images in evaluation_batches(source, eval_rows[rank::num_ranks], config, tokenizer.downsample_factor):
-        originals, reconstructions = images.float() / 255, tokenizer.decode(tokenizer.encode(images)).cpu()
+        originals, size = images.float() / 255, tuple(images.shape[2:])
+        reconstructions = tokenizer.decode(tokenizer.encode(images), size).cpu()
         scores, nats = psnr(reconstructions, originals), reconstruction_loss.nats(reconstructions, originals)
         totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
-    counts = torch.zeros(tokenizer.vocab_size, device=device)
+    num_codes = tokenizer.quantizer.num_codes
+    counts = torch.zeros(num_codes, device=device)
     crops = training_batches(source, replace(config, seed=config.seed + 1), accelerator, 0, set())
-    num_tokens, wanted = 0, TOKENS_PER_CODE * tokenizer.vocab_size
+    num_tokens, wanted = 0, TOKENS_PER_CODE * num_codes
     while num_tokens < wanted:
         tokens = tokenizer.encode(next(crops)[0])
-        counts += torch.bincount(tokens.flatten(), minlength=tokenizer.vocab_size)
+        counts += torch.bincount(tokenizer.quantizer.code_numbers(tokens).flatten(), minlength=num_codes)
         num_tokens += tokens.numel() * num_ranks
     totals, counts = accelerator.reduce((totals, counts), "sum")
     if totals[2] == 0:
@@ -212,7 +214,7 @@ def evaluate(
         "psnr": (totals[0] / totals[2]).item(),
         "usage": usage(counts),
         "perplexity": perplexity(counts),
-        "tokens_per_code": num_tokens / tokenizer.vocab_size,
+        "tokens_per_code": num_tokens / num_codes,
         "bits_per_pixel": bits_per_pixel(tokenizer.vocab_size, grid, (config.image_size, config.image_size)),
     } | likelihood((totals[1] / totals[2]).item(), reconstruction_loss, tokenizer, config)
 
@@ -255,7 +257,7 @@ def draw_samples(
     originals, reconstructions = [], []
     for images in evaluation_batches(source, rows[:NUM_SAMPLES], config, tokenizer.downsample_factor):
         originals += [*(images.float() / 255)]
-        reconstructions += [*tokenizer.decode(tokenizer.encode(images))]
+        reconstructions += [*tokenizer.decode(tokenizer.encode(images), tuple(images.shape[2:]))]
     save_sheet(folder.sample(step), [originals, reconstructions])
 
 

@@ -44,6 +44,15 @@ class Quantizer(nn.Module, ABC):
         """Whether the codes lie among the latents yet; until they do, training passes the latents on as they are."""
         return True
 
+    @property
+    def num_codes(self) -> int:
+        """Number of different codes: `vocab_size`, times the codebooks where each has codes of its own."""
+        return self.vocab_size
+
+    def code_numbers(self, indices: Tensor) -> Tensor:
+        """Which of the `num_codes` codes each index stands for, in the same shape; what usage is counted by."""
+        return indices
+
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """The (h, w) of each grid of indices, in their order, for latents (B, D, height, width)."""
         return [(height, width)]

@@ -44,6 +44,17 @@ class GroupedQuantizer(Quantizer):
     def placed(self) -> bool:
         return all(part.placed for part in self.parts)
 
+    @property
+    def num_codes(self) -> int:
+        return sum(part.num_codes for part in self.parts)
+
+    def code_numbers(self, indices: Tensor) -> Tensor:
+        chunks = indices.chunk(len(self.parts), dim=-1)
+        numbered = zip(self.parts, chunks, strict=True)
+        return torch.cat(
+            [part.code_numbers(each) + part.num_codes * group for group, (part, each) in enumerate(numbered)], dim=-1
+        )
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         chunks = latents.float().chunk(len(self.parts), dim=1)
         outputs = [part(chunk) for part, chunk in zip(self.parts, chunks, strict=True)]

@@ -64,6 +64,14 @@ class ResidualQuantizer(Quantizer):
     def placed(self) -> bool:
         return all(part.placed for part in self.parts)
 
+    @property
+    def num_codes(self) -> int:
+        return self.vocab_size * len(self.parts)
+
+    def code_numbers(self, indices: Tensor) -> Tensor:
+        stages = torch.arange(self.num_codebooks, device=indices.device)
+        return indices + self.vocab_size * (stages % len(self.parts))
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
@@ -89,17 +97,16 @@ class ResidualQuantizer(Quantizer):
 
     def at_once(self, latents: Tensor) -> list[QuantizerOutput]:
         """The same of a shared part in a single call, so that it gathers from the inputs of all stages."""
-        output = self.parts[0](torch.cat([latents - codes for codes in self.codes_before(latents, self.stages)]))
-        quantized, indices = (each.chunk(self.num_codebooks) for each in (output.quantized, output.indices))
+        output = self.parts[0](self.stage_inputs(latents, self.parts[0]))
+        quantized, indices = output.quantized.chunk(self.num_codebooks, 2), output.indices.chunk(self.num_codebooks, 1)
         return [QuantizerOutput(*each, output.losses) for each in zip(quantized, indices, strict=True)]
 
-    @torch.no_grad()
-    def codes_before(self, latents: Tensor, stages: list[Quantizer]) -> list[Tensor]:
-        """For each stage the sum (B, D, h, w) of the codes of those before it, all of them in eval mode."""
-        sums = [torch.zeros_like(latents)]
-        for stage in stages[:-1]:
-            sums.append(sums[-1] + evaluated(stage, latents - sums[-1]).quantized)
-        return sums
+    def stage_inputs(self, latents: Tensor, part: Quantizer) -> Tensor:
+        """What all stages give to a shared part in eval mode, below one another (B, D, q * h, w)."""
+        inputs = [latents]
+        for _ in range(self.num_codebooks - 1):
+            inputs.append(inputs[-1] - evaluated(part, inputs[-1]).quantized)
+        return torch.cat(inputs, dim=2)
 
     def stages_kept(self, latents: Tensor) -> Tensor:
         """Of how many stages the codes of each picture are the sum, (B, 1, 1, 1)."""
@@ -122,10 +129,6 @@ class ResidualQuantizer(Quantizer):
         if self.shared:
             return place_shared(self.parts[0], latents, lambda part: self.stage_inputs(latents, part), progress)
         return self.place(latents, progress)
-
-    def stage_inputs(self, latents: Tensor, part: Quantizer) -> Tensor:
-        """What all stages give to a shared part, one batch after another (q * B, D, h, w)."""
-        return torch.cat([latents - codes for codes in self.codes_before(latents, [part] * self.num_codebooks)])
 
     @torch.no_grad()
     def place(self, latents: Tensor, progress: float) -> bool:

@@ -1,14 +1,25 @@
 """The programs with tokens of every shape: a tokenizer trained, resumed and loaded, its token store, and the prior."""
 
+import sys
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from processes import assert_equal_runs, records
-from test_vqvae import TINY
+from PIL import Image
+from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, records, run
+from test_token_prior import TINY as TINY_PRIOR
+from test_vqvae import PROGRAM, TINY
 
+from prior import AutoregressivePrior
 from tokenizer import ImageTokenizer
+from train import token_prior
 from train.config import parse
-from train.settings import TokenizerRun
+from train.encode_dataset import encode_dataset
+from train.settings import PriorRun, StoreRun, TokenizerRun
+from train.token_store import TokenStore
 from train.vqvae import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -73,3 +84,42 @@ def test_an_interrupted_run_goes_on_to_the_same_end(trained, picture_folder, tmp
         train(arguments)
     train(arguments)
     assert_equal_runs(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["residual", "multiscale"])
+def test_two_ranks_equal_one_with_twice_the_batch(name, picture_folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alike = ["steps=3", "eval_every=3", "model.quantizer.each.revival_threshold=0.5"]
+    if name == "residual":  # what dropout draws differs from rank to rank
+        alike += ["model.quantizer.shared=true", "model.quantizer.quantizer_dropout=0"]
+    train(settings(name, picture_folder, one, *alike, "batch_size=8"))
+    done = run([sys.executable, *TWO_RANKS, PROGRAM, *settings(name, picture_folder, two, *alike)])
+    assert done.returncode == 0, done.stderr
+    assert_close_runs(one, two)
+
+
+def test_its_tokens_go_through_a_store_and_a_prior_back_into_pictures(trained, picture_folder, tmp_path, monkeypatch):
+    name, folder = trained
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = ImageTokenizer.from_pretrained(folder)
+    given = [f"tokenizer={folder}", f"data={picture_folder}", f"output_dir={tmp_path / 'tokens'}", "image_size=16"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert encode_dataset(parse(StoreRun, [*given, "num_workers=0", "eval_split=train"]), Accelerator(cpu=True))
+    store = TokenStore.open(tmp_path / "tokens")
+    assert store.stamp.token_shape == SHAPES[name]
+    assert store.stamp.num_codebooks == tokenizer.num_codebooks
+    assert store.stamp.grids == [list(grid) for grid in tokenizer.grids(16)]
+    rows = store.rows("train")[:4]
+    for tokens, key in zip(torch.tensor(rows["tokens"].astype(int)), rows["key"], strict=True):
+        with Image.open(Path(picture_folder, key)) as original:
+            expected = tokenizer.encode(original, resize=16)
+        assert torch.equal(tokens.view(1, *store.stamp.token_shape), expected)
+
+    network = [each for each in TINY_PRIOR if not each.startswith(("steps=", "eval_every=", "save_every="))]
+    given = [f"tokens={tmp_path / 'tokens'}", f"tokenizer={folder}", f"output_dir={tmp_path / 'prior'}", "steps=2"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    token_prior.main(parse(PriorRun, [*network, *given]))
+    prior = AutoregressivePrior.from_pretrained(tmp_path / "prior")
+    drawn = prior.generate(num_samples=2, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, *SHAPES[name])
+    assert tokenizer.decode(drawn).shape == (2, 3, 16, 16)

@@ -1,5 +1,7 @@
 """Tokens of every shape: there and back to the bit, whatever the size and the batch, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from conftest import picture, tiny_config
@@ -71,6 +73,25 @@ def test_the_same_image_gives_the_same_tokens_whatever_the_batch_around_it(model
     alone = torch.cat([model.encode(image) for image in images])
     assert torch.equal(model.encode(images[chosen]), alone[chosen])
     assert torch.equal(model(images[chosen]).tokens, alone[chosen])
+
+
+def test_under_autocast_and_in_a_bfloat16_model_the_way_back_is_the_same_to_the_bit(structured):
+    images = images_of(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens, output = structured.encode(images), structured(images)
+        assert torch.equal(structured.decode(tokens, (12, 20)), output.reconstructions.clamp(0, 1))
+    model = copy.deepcopy(structured).to(torch.bfloat16)
+    tokens, output = model.encode(images), model(images)
+    assert torch.equal(model.decode(tokens, (12, 20)), output.reconstructions.clamp(0, 1))
+    assert model.tokens_to_codes(tokens, (12, 20)).dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["shared residual", "multiscale"])
+def test_the_quantizer_compiles_into_one_graph(models, name):
+    quantizer, latents = models[name].quantizer, torch.randn(1, 4, 3, 5)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(latents).indices, quantizer(latents).indices)
 
 
 def test_encoding_in_training_mode_moves_nothing(structured):

@@ -128,7 +128,8 @@ class MultiscaleQuantizer(Quantizer):
 
     def indices_to_codes(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Indices (B, l) of the first scales, or of all, to codes (B, D, h, w) float32 on a grid (h, w)."""
-        return one_by_one(lambda each: self.sums(each, grid_size)[:, -1], indices, self.training)
+        with torch.autocast(indices.device.type, enabled=False):
+            return one_by_one(lambda each: self.sums(each, grid_size)[:, -1], indices, self.training)
 
     def step(self, progress: float = 1.0) -> bool:
         latents, self.last_latents = self.last_latents, None

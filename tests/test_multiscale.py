@@ -69,6 +69,14 @@ def test_on_sixteen_by_sixteen_the_defaults_are_the_680_tokens_of_the_paper():
     assert sum(rows * columns for rows, columns in grids) == 680
 
 
+@pytest.mark.parametrize(("num_convolutions", "built"), [(0, 0), (2, 2), (4, 3)])
+def test_no_scale_has_more_than_one_convolution_and_each_convolution_has_a_scale(num_convolutions, built):
+    quantizer = placed(multiscale(num_convolutions=num_convolutions))
+    assert len(quantizer.convolutions) == built
+    quantizer(latents_of(1, 2, DIM, 8, 8)).losses["pyramid"].backward() if built else None
+    assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+
+
 def test_the_codes_are_placed_on_the_residuals_of_all_scales():
     quantizer = multiscale(each=EACH | {"placement": 0.5})
     latents = latents_of(0, 8, DIM, 8, 8)
@@ -146,7 +154,7 @@ def test_without_convolutions_codes_are_only_upsampled():
         ({"scales": ()}, r"scales=\[\] must be whole numbers that rise from at least 1"),
         ({"scales": (0, 2)}, r"scales=\[0, 2\] must be whole numbers that rise"),
         ({"scales": (1, 3, 3)}, r"scales=\[1, 3, 3\] must be whole numbers that rise"),
-        ({"num_convolutions": 11}, r"num_convolutions=11 must lie in 0..10, the number of scales"),
+        ({"num_convolutions": -1}, "num_convolutions=-1 must be at least 0"),
         ({"convolution_weight": 1.5}, r"convolution_weight=1.5 must lie in \[0, 1\]"),
         ({"each": {"name": "residual"}}, "each.name='residual' is built of other quantizers; a part of 'multiscale'"),
     ],

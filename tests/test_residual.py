@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantizers import DIM, latents_of
 
-from tokenizer.quantizers import EMAVectorQuantizer, GroupedQuantizer, ResidualQuantizer
+from tokenizer.choices import build, complete
+from tokenizer.quantizers import QUANTIZERS, EMAVectorQuantizer, GroupedQuantizer, ResidualQuantizer
 
 EACH = {"name": "ema_vq", "codebook_size": 16}
 
@@ -175,6 +177,41 @@ def test_groups_may_be_residual_and_their_indices_stand_group_after_group():
     assert output.indices.shape == (2, 3, 5, 6)
     assert torch.equal(output.indices[..., 3:], quantizer.parts[1](latents_of(9)[:, 2:]).indices)
     assert torch.equal(quantizer.indices_to_codes(output.indices), output.quantized)
+
+
+# Ranks.
+
+EACH_REVIVED = EACH | {"placement": 0.5, "revival_threshold": 0.9}
+RANKED = {
+    "separate": {"name": "residual", "depth": 3, "each": EACH_REVIVED},
+    "shared": {"name": "residual", "depth": 3, "shared": True, "each": EACH_REVIVED},
+    "grouped": {"name": "grouped", "each": EACH_REVIVED},
+    "multiscale": {"name": "multiscale", "scales": [1, 2, 4], "each": EACH_REVIVED},
+}
+
+
+def stepped(chosen: dict, rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
+    """The state after four steps, the second of them placing the codes, on this rank's share of each batch."""
+    torch.manual_seed(0)
+    quantizer = build(QUANTIZERS, complete("quantizer", chosen, QUANTIZERS), DIM).train()
+    for step in range(4):
+        quantizer(latents_of(step, 8, DIM, 4, 4).chunk(num_ranks)[rank])
+        quantizer.step(step / 2)
+    return quantizer.state_dict()
+
+
+def step_on_a_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save({name: stepped(chosen, rank, 2) for name, chosen in RANKED.items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_place_move_and_revive_the_codes_as_one_with_the_whole_batch_does(tmp_path):
+    torch.multiprocessing.spawn(step_on_a_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, chosen in RANKED.items():
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], stepped(chosen, 0, 1), rtol=1e-4, atol=1e-5)
 
 
 # Usage.

@@ -38,7 +38,7 @@ class MultiscaleQuantizer(Quantizer):
         codebook_dim: int,
         each: dict[str, Any] = DEFAULT_PART,  # the quantizer that all scales share, and its hyperparameters
         scales: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # sides, as shares of the last, the whole grid
-        num_convolutions: int = 4,  # shared out among the scales; 0 leaves upsampled codes as they are
+        num_convolutions: int = 4,  # shared out among the scales, at most one each; 0 leaves codes as they are
         convolution_weight: float = 0.5,  # share of the convolved codes in the mixture
     ):
         super().__init__()
@@ -48,7 +48,7 @@ class MultiscaleQuantizer(Quantizer):
         self.vocab_size = self.part.vocab_size
         self.scales = list(scales)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(num_convolutions)
+            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(min(num_convolutions, len(scales)))
         )
         for (
             convolution
@@ -163,7 +163,7 @@ def check_hyperparameters(scales: Sequence[int], num_convolutions: int, convolut
         raise ValueError(
             f"scales={list(scales)} must be whole numbers that rise from at least 1; the last stands for the whole grid"
         )
-    if not 0 <= num_convolutions <= len(scales):
-        raise ValueError(f"num_convolutions={num_convolutions} must lie in 0..{len(scales)}, the number of scales")
+    if num_convolutions < 0:
+        raise ValueError(f"num_convolutions={num_convolutions} must be at least 0, which leaves codes as they are")
     if not 0 <= convolution_weight <= 1:
         raise ValueError(f"convolution_weight={convolution_weight} must lie in [0, 1]: it is a share of the mixture")

@@ -46,7 +46,7 @@ def test_each_stage_takes_the_code_nearest_to_what_the_stages_before_it_left(sha
     codebooks = [stage.codebook for stage in quantizer.stages]
     output = quantizer(latents)
     left, commitment = flat(latents), 0
-    for stage, codebook in enumerate(codebooks):  # equations 3 and 4 of the paper
+    for stage, codebook in enumerate(codebooks):  # the recursion of section 3.1
         chosen = nearest(left, codebook)
         assert torch.equal(chosen, output.indices[..., stage].flatten())
         left = left - codebook[chosen]
@@ -122,7 +122,7 @@ def test_the_commitment_of_every_stage_reaches_the_latents():
     output = quantizer(latents)
     output.losses["commitment"].backward()
     codes = [quantizer.indices_to_codes(output.indices[..., :stages]) for stages in (1, 2, 3)]
-    # The sum of beta |z - sg(z^d)|^2 over the depths d: equation 8 of the paper.
+    # The sum of beta |z - sg(z^d)|^2 over the depths d, z^d the sum of the first d codes.
     torch.testing.assert_close(
         latents.grad, sum(0.25 * 2 * (latents.detach() - each) / latents.numel() for each in codes)
     )

@@ -1,6 +1,6 @@
 """Product quantization: the components of a latent split into groups, each quantized by itself.
 
-Jegou et al. 2011, Product quantization for nearest neighbor search, section II-C. Over `residual` it is the grouped
+Jegou et al. 2011, Product quantization for nearest neighbor search, section II-B. Over `residual` it is the grouped
 residual quantization of HiFi-Codec (Yang et al. 2023, arXiv:2305.02765).
 Shapes: B batch, D codebook_dim, h w grid sides, q indices of a place.
 """

@@ -47,14 +47,8 @@ class MultiscaleQuantizer(Quantizer):
         self.part = build_part(each, codebook_dim, "multiscale")
         self.vocab_size = self.part.vocab_size
         self.scales = list(scales)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(codebook_dim, codebook_dim, 3, padding=1) for _ in range(min(num_convolutions, len(scales)))
-        )
-        for (
-            convolution
-        ) in self.convolutions:  # at first it changes nothing, so that codes are placed on plain residuals
-            nn.init.dirac_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+        count = min(num_convolutions, len(scales))
+        self.convolutions = nn.ModuleList(identity_convolution(codebook_dim) for _ in range(count))
         self.convolution_weight = convolution_weight
         self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
 
@@ -143,6 +137,14 @@ class MultiscaleQuantizer(Quantizer):
     def discard(self) -> None:
         self.last_latents = None
         self.part.discard()
+
+
+def identity_convolution(channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that changes nothing yet, so that codes are placed on plain residuals."""
+    convolution = nn.Conv2d(channels, channels, 3, padding=1)
+    nn.init.dirac_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return convolution
 
 
 def one_by_one(convert: Callable[[Tensor], Tensor], batch: Tensor, training: bool) -> Tensor:

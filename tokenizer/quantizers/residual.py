@@ -88,7 +88,7 @@ class ResidualQuantizer(Quantizer):
         return QuantizerOutput(quantized, indices, losses)
 
     def in_turn(self, latents: Tensor) -> list[QuantizerOutput]:
-        """The output of each stage, the codes of those before taken off its input as constants (equation 3)."""
+        """The output of each stage, the codes of those before taken off its input as constants."""
         outputs, residual = [], latents
         for stage in self.stages:
             outputs.append(stage(residual))

@@ -45,7 +45,7 @@ class SavedTokenizer:
         self.name = name
         self.tokenizer = (DiffusersTokenizer if is_vq_model(name) else ImageTokenizer.from_pretrained)(name).to(device)
         self.perceptual_loss = perceptual_loss_of(name)
-        self.counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64)
+        self.counts = torch.zeros(self.tokenizer.quantizer.num_codes, dtype=torch.int64)
         self.num_images, self.seconds = 0, {"encoded": 0.0, "decoded": 0.0}
         ways = [way for way in REENCODINGS if way != ON_THE_CPU or device.type != "cpu"]
         self.compared, self.changed = 0, dict.fromkeys(ways, 0)
@@ -63,7 +63,8 @@ class SavedTokenizer:
         if not decoded.isfinite().all():
             raise ValueError(f"{self.name} decodes to NaN; its weights are spoilt: train or download it again")
         self.num_images += len(pictures)
-        self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
+        numbers = self.tokenizer.quantizer.code_numbers(tokens)
+        self.counts += torch.bincount(numbers.flatten(), minlength=len(self.counts))
         self.reencode(pictures[: max(0, NUM_REENCODED - first)], tokens)
         return (decoded * 255).round().to(torch.uint8)
 
@@ -103,7 +104,7 @@ class SavedTokenizer:
             "bits_per_pixel": bits_per_pixel(tokenizer.vocab_size, tokenizer.tokens_per_image(side), size),
             "usage": usage(counts),
             "perplexity": perplexity(counts),
-            "tokens_per_code": counts.sum().item() / tokenizer.vocab_size,
+            "tokens_per_code": counts.sum().item() / len(counts),
             "encoded_per_second": sums["encoded_per_second"].item(),
             "decoded_per_second": sums["decoded_per_second"].item(),
             "changed_tokens": {way: (sums[way] / sums["compared"]).item() for way in self.changed},

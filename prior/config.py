@@ -1,7 +1,8 @@
 """PriorConfig: exactly what a prior's config.json holds. SIZES: the widths and depths of the field."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -13,6 +14,9 @@ from tokenizer.pretrained import PretrainedConfig
 class PriorConfig(PretrainedConfig):
     """What is modelled (the grid, its vocabulary, its classes, its tokenizer) and the network that models it."""
 
+    format_version: ClassVar[int] = 2
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1), "coarser_grids": (2, [])}
+
     vocab_size: int  # number of different tokens; they lie in [0, vocab_size)
     grid_size: list[int]  # [h, w], tokens per column and per row of the grid
     num_classes: int = 0  # labels lie in [0, num_classes); 0: unconditional
@@ -23,6 +27,8 @@ class PriorConfig(PretrainedConfig):
     class_dropout: float = 0.1  # in [0, 1), share of labels dropped in training; 0 gives up classifier-free guidance
     tokenizer: str | None = None  # repo id of the tokenizer that made the tokens, never a path; null where it has none
     tokenizer_fingerprint: str | None = None  # its `fingerprint`, 64 hexadecimal digits
+    num_codebooks: int = 1  # q, tokens at each place of the grid, one after another
+    coarser_grids: list[list[int]] = field(default_factory=list)  # [h, w] of each grid before the last, grid_size
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,10 +36,33 @@ class PriorConfig(PretrainedConfig):
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 2; take the tokenizer's vocab_size")
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"grid_size={self.grid_size} must be [h, w], both at least 1; see tokenizer.grid_size")
+        if self.num_codebooks < 1:
+            raise ValueError(f"num_codebooks={self.num_codebooks} must be at least 1; see tokenizer.num_codebooks")
+        if any(len(grid) != 2 or min(grid) < 1 for grid in self.coarser_grids):
+            raise ValueError(
+                f"coarser_grids={self.coarser_grids} must be a list of [h, w], both at least 1; see tokenizer.grids"
+            )
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be at least 0; 0 is an unconditional prior")
         self.check_network()
         self.check_origin()
+
+    @property
+    def grids(self) -> list[list[int]]:
+        """[h, w] of each grid in the order of its tokens."""
+        return [*self.coarser_grids, self.grid_size]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all grids of a picture."""
+        return sum(height * width for height, width in self.grids) * self.num_codebooks
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of the tokens of a picture as its tokenizer takes them: (h, w), (h, w, q) or (L,)."""
+        if self.coarser_grids:
+            return (self.num_tokens,)
+        return (*self.grid_size, self.num_codebooks) if self.num_codebooks > 1 else tuple(self.grid_size)
 
     def check_network(self) -> None:
         """Raise ValueError for a network that cannot be built."""

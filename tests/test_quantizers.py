@@ -20,19 +20,27 @@ def quantizer(request):
     return QUANTIZERS[request.param](DIM)
 
 
+def index_shape(quantizer, height: int, width: int) -> tuple[int, ...]:
+    """The shape of the indices of one picture."""
+    if quantizer.multiscale:
+        return (sum(rows * columns for rows, columns in quantizer.grids(height, width)),)
+    return (height, width) if quantizer.num_codebooks == 1 else (height, width, quantizer.num_codebooks)
+
+
 # The contract, over every member of the table.
 
 
 def test_indices_decode_to_the_same_codes(quantizer):
     output = trained(quantizer).eval()(latents_of(9))
-    assert torch.equal(quantizer.indices_to_codes(output.indices), output.quantized)
+    where = {"grid_size": (3, 5)} if quantizer.multiscale else {}
+    assert torch.equal(quantizer.indices_to_codes(output.indices, **where), output.quantized)
 
 
 def test_shapes_types_and_range_are_those_of_the_contract(quantizer):
     output = quantizer(latents_of(1).to(torch.bfloat16))
     assert output.quantized.shape == (2, DIM, 3, 5)
     assert output.quantized.dtype == torch.float32
-    assert output.indices.shape == (2, 3, 5)
+    assert output.indices.shape == (2, *index_shape(quantizer, 3, 5))
     assert output.indices.dtype == torch.int64
     assert output.indices.min() >= 0
     assert output.indices.max() < quantizer.vocab_size
@@ -81,6 +89,14 @@ def test_a_discarded_step_leaves_no_trace(quantizer):
         each(latents_of(7))
         each.step()
     assert all(torch.equal(other.state_dict()[name], value) for name, value in quantizer.state_dict().items())
+
+
+def test_codes_that_are_placed_by_a_step_jump_in_it_and_never_again(quantizer):
+    for seed in range(3):
+        before = quantizer.placed
+        quantizer.train()(latents_of(seed, 4, DIM, 8, 8))
+        assert quantizer.step() == (not before)
+        assert quantizer.placed
 
 
 def test_every_hyperparameter_has_a_default_and_bad_ones_are_refused(quantizer):

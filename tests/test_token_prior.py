@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
-from test_token_store import write_store
 from torch.utils.checkpoint import checkpoint
 
 from prior import AutoregressivePrior, transformer
@@ -30,7 +29,7 @@ from train.encode_dataset import encode_dataset
 from train.likelihood import Grids, Judge, UnigramCode, entropy
 from train.settings import PriorRun, StoreRun
 from train.token_prior import main, warn_of_overfitting
-from train.token_store import StoreStamp, TokenStore
+from train.token_store import TokenStore
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -296,15 +295,6 @@ def test_a_store_with_an_empty_split_is_refused(made, tmp_path, empty):
             shard.unlink()
     (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="holds no tokens" if len(empty) == 2 else f"no {empty[0]} rows"):
-        train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
-
-
-def test_a_store_of_several_grids_a_picture_is_refused(made, tmp_path):
-    stamp = StoreStamp(ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint, None, 32, [[1, 1], [4, 4]],
-                       17, 8, 3, None)  # fmt: skip
-    grids = np.zeros((4, 17), dtype=int)
-    write_store(tmp_path / "tokens", {"train": [grids], "validation": [grids]}, stamp)
-    with pytest.raises(UserError, match=r"17 tokens on grids \[\[1, 1\], \[4, 4\]\], .*a single codebook and scale"):
         train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
 
 

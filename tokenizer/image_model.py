@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import AUTOENCODERS
-from .config import ImageConfig, build
+from .choices import build
+from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .pretrained import PretrainedModel
 

@@ -1,6 +1,7 @@
 """ImageTokenizer: images -> token grids -> images.
 
 Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h w grid sides (H / downsample_factor).
+Tokens are (B, h, w), (B, h, w, q) or (B, L), as tokens.py says.
 """
 
 from dataclasses import dataclass
@@ -9,22 +10,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .config import TokenizerConfig, build
+from .choices import build
+from .config import TokenizerConfig
 from .image_model import ImageModel
 from .images import Images
 from .quantizers import QUANTIZERS, Quantizer
-
-INTEGER_TYPES = (
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
+from .tokens import checked_tokens, grid_of, num_places, rule_of, token_shape
 
 USAGE = """
 from PIL import Image
 from tokenizer import ImageTokenizer
 
 tokenizer = ImageTokenizer.from_pretrained("{source}")
-tokens = tokenizer.encode(Image.open("picture.jpg"))  # int64 (1, h, w)
+tokens = tokenizer.encode(Image.open("picture.jpg")RESIZE)  # int64 SHAPE
 pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 """
 
@@ -32,7 +30,7 @@ pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 @dataclass
 class TokenizerOutput:
     reconstructions: Tensor  # (B, C, H, W) float32 on the [0, 1] scale, not clamped
-    tokens: Tensor  # (B, h, w) int64 in [0, vocab_size)
+    tokens: Tensor  # (B, h, w), (B, h, w, q) or (B, L), int64 in [0, vocab_size)
     losses: dict[str, Tensor]  # named scalars of the quantizer, already weighted
 
 
@@ -42,7 +40,6 @@ class ImageTokenizer(ImageModel):
     config_class = TokenizerConfig
     card_caption = "originals above, reconstructions below"
     card_tags: ClassVar[list[str]] = ["image-tokenizer", "vq-vae", "vector-quantization"]
-    card_usage = USAGE
 
     def __init__(self, config: TokenizerConfig):
         super().__init__(config, config.codebook_dim)
@@ -61,7 +58,10 @@ class ImageTokenizer(ImageModel):
 
     @torch.no_grad()
     def encode(self, images: Images, resize: int | Literal["config"] | None = "config") -> Tensor:
-        """Images to tokens (B, h, w) int64 in [0, vocab_size), row-major, on the model's device.
+        """Images to tokens int64 in [0, vocab_size), on the model's device.
+
+        They are (B, h, w), row-major; (B, h, w, q) with q codebooks at each place; (B, L) where the grids differ in
+        size, one after another as `grids` lists them.
 
         Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
         (B, C, H, W), uint8 or float in [0, 1]. PIL images are prepared as the config's `resize` says, or as the
@@ -73,37 +73,49 @@ class ImageTokenizer(ImageModel):
             return self.quantizer(self.encode_latents(batch)).indices
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w), or (h, w) for one picture, to float32 images (B, C, H, W) in [0, 1].
+    def decode(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Tokens as `encode` gives them, or those of one picture, to float32 images (B, C, H, W) in [0, 1].
 
-        Raises ValueError for tokens that are not integers or lie outside [0, vocab_size).
+        `image_size` (H, W) in pixels, or the side of a square, is needed for tokens (B, L) of pictures that are no
+        squares. From coarse to fine a part decodes too: the first codebooks (B, h, w, k), or with `image_size` the
+        first scales. Raises ValueError for tokens that are not integers, lie outside [0, vocab_size) or are no grid.
         """
         with self.evaluating():
-            return self.decode_latents(self.tokens_to_codes(tokens)).clamp(0, 1)
+            return self.decode_latents(self.tokens_to_codes(tokens, image_size)).clamp(0, 1)
 
-    def tokens_to_codes(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w), or (h, w) for one picture, to codes (B, D, h, w) float32; ValueError as in `decode`."""
-        if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGER_TYPES:
-            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens of {kind}; the rule is an integer tensor (B, h, w), as encode returns it")
-        if tokens.ndim not in (2, 3) or tokens.numel() == 0:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}; the rule is (B, h, w) or (h, w), none of them 0")
-        tokens = tokens.to(torch.int64)
-        low, high = (value.item() for value in torch.aminmax(tokens))
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"tokens run from {low} to {high}; they must lie in [0, {self.vocab_size})")
-        grid = tokens if tokens.ndim == 3 else tokens[None]
-        return self.quantizer.indices_to_codes(grid.to(self.device))
+    def tokens_to_codes(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Tokens to codes (B, D, h, w) float32; arguments and ValueError as in `decode`."""
+        tokens = checked_tokens(tokens, self.quantizer)
+        given = None if image_size is None else self.grid_size(image_size)
+        grid_size = grid_of(tokens, self.quantizer, given)
+        if self.quantizer.multiscale:
+            return self.quantizer.indices_to_codes(tokens.to(self.device), grid_size)
+        return self.quantizer.indices_to_codes(tokens.to(self.device))
 
     @property
     def vocab_size(self) -> int:
         """Number of different tokens; every token lies in [0, vocab_size)."""
         return self.quantizer.vocab_size
 
+    @property
+    def num_codebooks(self) -> int:
+        """Tokens at each place of a grid; above 1 they are the last axis."""
+        return self.quantizer.num_codebooks
+
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (h, w) of each grid of tokens in order; one for a quantizer with a single scale."""
-        return [self.grid_size(image_size)]
+        return self.quantizer.grids(*self.grid_size(image_size))
 
     def tokens_per_image(self, image_size: int | tuple[int, int]) -> int:
         """Number of tokens of an image of (H, W) pixels, or of a square one."""
-        return sum(height * width for height, width in self.grids(image_size))
+        return num_places(self.quantizer, self.grid_size(image_size)) * self.num_codebooks
+
+    def token_shape(self, image_size: int | tuple[int, int]) -> tuple[int, ...]:
+        """The shape of the tokens of one image of (H, W) pixels, or of a square one: (h, w), (h, w, q) or (L,)."""
+        return token_shape(self.quantizer, self.grid_size(image_size))
+
+    @property
+    def card_usage(self) -> str:
+        # Of a square, since from tokens (B, L) alone no other size can be told.
+        square = f", resize={16 * self.downsample_factor}" if self.quantizer.multiscale else ""
+        return USAGE.replace("RESIZE", square).replace("SHAPE", rule_of(self.quantizer).replace("B", "1"))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .quantizers.ema_vq import sum_over_ranks
+from .quantizers.ranks import sum_over_ranks
 
 LOG_VARIANCES = -30.0, 20.0  # beyond, the clamp keeps variances finite in float32
 MULTIPLIER_RATE = 0.1  # most that the logarithm of a learned multiplier moves in a step

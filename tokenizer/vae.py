@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .config import VAEConfig, build
+from .choices import build
+from .config import VAEConfig
 from .image_model import ImageModel
 from .images import Images
 from .posteriors import POSTERIORS, Posterior

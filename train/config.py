@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenizer import POSTERIORS, QUANTIZERS
 from tokenizer.autoencoder import AUTOENCODERS
+from tokenizer.choices import complete
 from tokenizer.pretrained import unknown_key
 
 # Settings that name a class and its hyperparameters.
@@ -66,6 +67,7 @@ def parse(config_class: type, arguments: list[str]) -> Any:
             check_keys(config_class, layer, "")
             drop_replaced_choices(merged, layer)
             merged = OmegaConf.merge(merged, layer)
+            complete_choices(merged)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
@@ -102,9 +104,24 @@ def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
 def drop_replaced_choices(merged: DictConfig, layer: dict[str, Any]) -> None:
     """Where a layer names another class of a table, drop the hyperparameters of the one that it replaces."""
     for part in TABLES:
-        chosen = (layer.get("model") or {}).get(part)
-        if isinstance(chosen, dict) and chosen.get("name", merged.model[part].name) != merged.model[part].name:
-            merged.model[part] = {"name": chosen["name"]}
+        given = (layer.get("model") or {}).get(part)
+        if isinstance(given, dict):
+            merged.model[part] = kept_under(OmegaConf.to_container(merged.model[part]), given)
+
+
+def kept_under(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a complete choice under what is merged over it: its name alone where that is another."""
+    if given.get("name", chosen["name"]) != chosen["name"]:
+        return {"name": given["name"]}
+    inside = {key for key in chosen if isinstance(chosen[key], dict) and isinstance(given.get(key), dict)}
+    return {key: kept_under(value, given[key]) if key in inside else value for key, value in chosen.items()}
+
+
+def complete_choices(merged: DictConfig) -> None:
+    """Fill in the hyperparameters of the classes named so far, so that the next layer can name others inside them."""
+    for part, table in TABLES.items():
+        if part in merged.get("model", {}):
+            merged.model[part] = complete(part, OmegaConf.to_container(merged.model[part]), table)
 
 
 def help_text(config_class: type) -> str:

@@ -113,12 +113,13 @@ class TokenizerExaminer(Examiner):
 
     def __init__(self, model: ImageTokenizer, *arguments: Any):
         super().__init__(model, *arguments)
-        self.window = UsageWindow(model.vocab_size)
+        self.window = UsageWindow(model.quantizer.num_codes)
         self.accelerator.register_for_checkpointing(self.window)
+        self.code_numbers = model.quantizer.code_numbers
         self.vocab_size, self.tokens_per_image = model.vocab_size, model.tokens_per_image(self.config.image_size)
 
     def add(self, output: TokenizerOutput) -> None:
-        self.window.add(output.tokens)
+        self.window.add(self.code_numbers(output.tokens))
 
     def figures(self, output: TokenizerOutput, images: Tensor) -> dict[str, float]:
         nats = self.reconstruction_loss.nats(output.reconstructions, images).mean().item()
@@ -138,7 +139,8 @@ class TokenizerExaminer(Examiner):
         device = self.accelerator.device
         totals = torch.zeros(3, device=device)  # sums over the pictures: PSNR, nats, 1
         for images in self.pictures(model):
-            originals, reconstructions = images.float() / 255, model.decode(model.encode(images)).cpu()
+            originals, size = images.float() / 255, tuple(images.shape[2:])
+            reconstructions = model.decode(model.encode(images), size).cpu()
             scores, nats = psnr(reconstructions, originals), self.reconstruction_loss.nats(reconstructions, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
         mean_psnr, mean_nats = self.mean_over_pictures(totals)
@@ -179,7 +181,7 @@ class TokenizerExaminer(Examiner):
 
     def sample_rows(self, model: ImageTokenizer, images: Tensor) -> list[Tensor]:
         """The pictures above their reconstructions."""
-        return [images.float() / 255, model.decode(model.encode(images))]
+        return [images.float() / 255, model.decode(model.encode(images), tuple(images.shape[2:]))]
 
     @classmethod
     def measured_on(cls, config: TokenizerRun, metrics: dict[str, float]) -> str:

@@ -15,6 +15,10 @@ from tokenizer.quantizers.ema_vq import EMAVectorQuantizer, smoothed
 from tokenizer.quantizers.search import nearest_codes
 
 DIM = 4
+BEFORE_ROUNDING = {
+    "fsq": lambda quantizer, latents: quantizer.bound(latents) / 2,  # 4 levels in [-2, 1], their codes in [-1, 0.5]
+    "bsq": lambda quantizer, latents: latents / latents.norm(dim=1, keepdim=True),
+}
 
 
 @pytest.fixture(params=sorted(QUANTIZERS))
@@ -54,11 +58,14 @@ def test_shapes_types_and_range_are_those_of_the_contract(quantizer):
     assert all(loss.ndim == 0 and loss.dtype == torch.float32 for loss in output.losses.values())
 
 
-def test_the_gradient_passes_straight_through(quantizer):
-    latents = latents_of(1).requires_grad_()
+def test_the_gradient_is_that_of_what_is_rounded(quantizer, request):
+    """The latents themselves, straight through, unless rounding is preceded by something that has a gradient."""
+    latents, rounded = latents_of(1).requires_grad_(), latents_of(1).requires_grad_()
     direction = latents_of(2)
     (quantizer.train()(latents).quantized * direction).sum().backward()
-    torch.testing.assert_close(latents.grad, direction)
+    smooth = BEFORE_ROUNDING.get(request.node.callspec.params["quantizer"], lambda quantizer, latents: latents)
+    (smooth(quantizer, rounded) * direction).sum().backward()
+    torch.testing.assert_close(latents.grad, rounded.grad)
 
 
 def test_indices_do_not_depend_on_autocast(quantizer):
@@ -84,6 +91,14 @@ def test_a_discarded_step_leaves_no_trace(quantizer):
         each(latents_of(7))
         each.step()
     assert all(torch.equal(other.state_dict()[name], value) for name, value in quantizer.state_dict().items())
+
+
+def test_latents_that_are_not_numbers_have_indices_in_range_and_no_finite_loss_or_code(quantizer):
+    output = trained(quantizer).train()(torch.full((2, DIM, 3, 5), torch.nan))
+    assert output.indices.min() >= 0
+    assert output.indices.max() < quantizer.vocab_size
+    assert not output.quantized.isfinite().any()
+    assert not any(loss.isfinite() for loss in output.losses.values())
 
 
 def test_every_hyperparameter_has_a_default_and_bad_ones_are_refused(quantizer):

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+MAX_VOCAB_SIZE = 2**62  # an index is an int64
+
 
 @dataclass
 class QuantizerOutput:
-    quantized: Tensor  # (B, D, h, w) float32; in training the gradient passes straight through to the latents
+    quantized: Tensor  # (B, D, h, w) float32; in training the gradient passes straight through what has none
     indices: Tensor  # (B, h, w) int64 in [0, vocab_size)
     losses: dict[str, Tensor]  # named scalars, already weighted; empty where the method has none
 

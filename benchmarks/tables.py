@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from train.counting import told_usage
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
@@ -15,7 +17,7 @@ def tokenizer_row(result: dict[str, Any]) -> dict[str, str]:
     return {
         "command": f"`{result['command']}`",
         "validation PSNR": f"{metrics['psnr']:.2f} dB",
-        "codes in use": f"{metrics['usage']:.1%}",
+        "codes in use": told_usage(metrics),
         "perplexity": f"{metrics['perplexity']:.0f}",
         "bits per pixel": f"{metrics['bits_per_pixel']:.3f}",
         "time": f"{result['seconds'] / 60:.1f} min",

@@ -33,6 +33,7 @@ def test_a_tuple_becomes_a_list_as_json_gives_it_back():
     ("wrong", "message"),
     [
         ({"vocab_size": 1}, "vocab_size=1 must be at least 2"),
+        ({"vocab_size": 2**20 + 1}, "vocab_size=1048577 must be at most 1048576: .*; use a tokenizer of fewer codes"),
         ({"vocab_size": 16.5}, "vocab_size=16.5 must be of type int"),
         ({"grid_size": [4]}, r"grid_size=\[4\] must be \[h, w\]"),
         ({"grid_size": [4, 0]}, r"grid_size=\[4, 0\] must be \[h, w\]"),

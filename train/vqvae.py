@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenizer import ImageTokenizer, ModelCard
-from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
+from tokenizer.metrics import bits_per_pixel, psnr
 from train.adversarial import Adversary, last_kernel
 from train.checkpoint import RunFolder
 from train.config import RunError, UserError, launch, to_yaml
+from train.counting import TokenCounts, num_counted, told_usage
 from train.data import evaluation_batches, training_batches
 from train.discriminator import PatchDiscriminator
 from train.losses import Deviation, ReconstructionLoss
 from train.optimization import Optimization, Trainee, make_accelerator
-from train.progress import METRICS_NAME, TOKENS_PER_CODE, Progress, UsageWindow, read_lines, save_sheet
+from train.progress import METRICS_NAME, Progress, UsageWindow, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import TokenizerRun
 from train.sources import CorruptCounter, ImageSource, check_readable, open_sources
@@ -169,11 +170,12 @@ def check_model(config: TokenizerRun) -> None:
 
 def shown(values: dict[str, float], images_per_second: float) -> dict[str, str]:
     """What stands beside the bar; PSNR and usage of the last evaluation, before the first of the training batches."""
-    codes_used = values.get("usage", values.get("running_usage"))
+    if "running_usage" in values:
+        values = {"usage": values["running_usage"]} | values
     return {
         "loss": f"{values['loss']:.4f}",
         "PSNR": f"{values.get('psnr', values['train_psnr']):.2f} dB",
-        "usage": "..." if codes_used is None else f"{codes_used:.0%}",
+        "usage": told_usage(values) if values.keys() & {"usage", "codes_seen"} else "...",
         "images/s": f"{images_per_second:.0f}",
     }
 
@@ -187,7 +189,7 @@ def evaluate(
     source: ImageSource,
     eval_rows: list[Any],
 ) -> dict[str, float]:
-    """PSNR of decode(encode(x)) on whole validation pictures; usage and perplexity on training crops, codes frozen.
+    """PSNR of decode(encode(x)) on whole validation pictures; codes in use and perplexity on training crops, frozen.
 
     And what the pictures cost, where the loss is a likelihood.
     """
@@ -197,22 +199,20 @@ def evaluate(
         originals, reconstructions = images.float() / 255, tokenizer.decode(tokenizer.encode(images)).cpu()
         scores, nats = psnr(reconstructions, originals), reconstruction_loss.nats(reconstructions, originals)
         totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
-    counts = torch.zeros(tokenizer.vocab_size, device=device)
+    counts, num_tokens = TokenCounts(tokenizer.vocab_size), 0
     crops = training_batches(source, replace(config, seed=config.seed + 1), accelerator, 0, set())
-    num_tokens, wanted = 0, TOKENS_PER_CODE * tokenizer.vocab_size
-    while num_tokens < wanted:
+    while num_tokens < num_counted(tokenizer.vocab_size):
         tokens = tokenizer.encode(next(crops)[0])
-        counts += torch.bincount(tokens.flatten(), minlength=tokenizer.vocab_size)
+        counts.add(tokens)
         num_tokens += tokens.numel() * num_ranks
-    totals, counts = accelerator.reduce((totals, counts), "sum")
+    totals = accelerator.reduce(totals, "sum")
+    counts = sum(gather_object([counts]), TokenCounts(tokenizer.vocab_size))
     if totals[2] == 0:
         raise RunError("no validation image can be read; the log names them: mend them or choose another eval_split")
     grid = tokenizer.tokens_per_image(config.image_size)
     return {
         "psnr": (totals[0] / totals[2]).item(),
-        "usage": usage(counts),
-        "perplexity": perplexity(counts),
-        "tokens_per_code": num_tokens / tokenizer.vocab_size,
+        **counts.figures(),
         "bits_per_pixel": bits_per_pixel(tokenizer.vocab_size, grid, (config.image_size, config.image_size)),
     } | likelihood((totals[1] / totals[2]).item(), reconstruction_loss, tokenizer, config)
 
@@ -239,10 +239,10 @@ def likelihood(
 
 def warn_of_collapse(step: int, metrics: dict[str, float], config: TokenizerRun) -> None:
     """Say so where most codes are never used."""
-    if metrics["usage"] < COLLAPSE and step >= config.steps / 4:
+    if metrics.get("usage", 1.0) < COLLAPSE and step >= config.steps / 4:
         log.warning(
-            "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or "
-            "model.quantizer.codebook_size, or raise model.quantizer.revival_threshold",
+            "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or the "
+            "number of codes, or raise what model.quantizer has against it: revival_threshold or entropy_weight",
             step,
             100 * metrics["usage"],
         )
@@ -264,6 +264,11 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
     records = map(json.loads, read_lines(folder.path / METRICS_NAME))
     metrics = [record for record in records if "psnr" in record][-1]
     step = metrics.pop("step")
+    seen = (
+        "`usage` (share of codes seen)"
+        if "usage" in metrics
+        else "`codes_seen` (different codes among `num_tokens` tokens; the codes are too many to state a usage)"
+    )
     costs = (
         " `distortion_bits_per_dimension`: -log2 p of the 8-bit pixels under a Gaussian of deviation `sigma` about "
         "decode(encode(x)), per channel of a pixel; `total_bits_per_dimension`: with the tokens at a uniform code."
@@ -275,8 +280,8 @@ def model_card(config: TokenizerRun, folder: RunFolder) -> ModelCard:
         metrics=metrics,
         evaluation=(
             f"After {step} steps. `psnr`: dB, mean over whole validation pictures ({config.eval_split or 'validation'} "
-            f"of `{config.data}`), of decode(encode(x)). `usage` (share of codes seen) and `perplexity`: on training "
-            f"crops of {config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
+            f"of `{config.data}`), of decode(encode(x)). {seen} and `perplexity`: on training crops of "
+            f"{config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
             f"{costs if 'sigma' in metrics else ''}"
         ),
         settings=to_yaml(config),

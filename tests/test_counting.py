@@ -38,8 +38,16 @@ def test_counts_and_figures_are_those_of_a_plain_count_whatever_the_parts(batche
     assert total.codes.tolist() == plain.nonzero().flatten().tolist()
     assert total.counts.tolist() == plain[plain > 0].tolist()
     assert total.figures() == pytest.approx(
-        {"usage": usage(plain), "perplexity": perplexity(plain), "tokens_per_code": plain.sum().item() / 10}
+        {"codes_seen": len(total.codes), "num_tokens": plain.sum().item()}
+        | {"perplexity": perplexity(plain), "tokens_per_code": plain.sum().item() / 10}
     )
+
+
+@pytest.mark.parametrize(("num_tokens", "stated"), [(199, False), (200, True)])
+def test_a_usage_is_stated_from_twenty_tokens_a_code_on(num_tokens, stated):
+    counts, tokens = TokenCounts(10), torch.arange(num_tokens) % 7
+    counts.add(tokens)
+    assert counts.figures().get("usage") == (usage(torch.bincount(tokens, minlength=10)) if stated else None)
 
 
 def test_of_more_codes_than_can_be_counted_the_different_ones_are_told_with_the_tokens_and_never_as_a_usage():

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import QUANTIZERS
+from tokenizer import QUANTIZERS, ImageTokenizer
 from tokenizer.quantizers import search
 from tokenizer.quantizers.ema_vq import EMAVectorQuantizer, smoothed
 from tokenizer.quantizers.search import nearest_codes
@@ -99,6 +100,17 @@ def test_latents_that_are_not_numbers_have_indices_in_range_and_no_finite_loss_o
     assert output.indices.max() < quantizer.vocab_size
     assert not output.quantized.isfinite().any()
     assert not any(loss.isfinite() for loss in output.losses.values())
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens_codes_and_pictures(quantizer, request, tmp_path):
+    name = request.node.callspec.params["quantizer"]
+    saved = ImageTokenizer(tiny_config(codebook_dim=DIM, quantizer={"name": name})).eval()
+    saved.save_pretrained(tmp_path)
+    loaded, images = ImageTokenizer.from_pretrained(tmp_path), torch.rand(2, 3, 8, 8)
+    tokens = saved.encode(images)
+    assert torch.equal(loaded.encode(images), tokens)
+    assert torch.equal(loaded.decode(tokens), saved.decode(tokens))
+    assert torch.equal(loaded(images).reconstructions.clamp(0, 1), saved.decode(tokens))
 
 
 def test_every_hyperparameter_has_a_default_and_bad_ones_are_refused(quantizer):

@@ -1,7 +1,7 @@
 """How many codes the tokens use, in memory that grows with the codes seen and never with the vocabulary.
 
-Usage is stated over at least 20 tokens a code. Above 2^18 codes that would be more tokens than an evaluation can make:
-there the number of different codes in a stated number of tokens takes its place, under another name.
+Usage is stated over at least 20 tokens a code. Of fewer tokens the number of different codes among them takes its
+place, under another name: so it is above 2^18 codes, where 20 tokens for each are more than an evaluation can make.
 """
 
 from collections.abc import Mapping
@@ -63,9 +63,9 @@ class TokenCounts:
         return total
 
     def figures(self) -> dict[str, float]:
-        """`usage`, the share of codes seen, or above 2^18 codes `codes_seen` of `num_tokens`; and `perplexity`."""
+        """`usage`, the share of codes seen, or of too few tokens `codes_seen` and `num_tokens`; and `perplexity`."""
         self.sort_in()
-        if self.vocab_size <= LARGEST_WITH_USAGE:
+        if self.num_tokens >= TOKENS_PER_CODE * self.vocab_size:
             seen = {"usage": len(self.codes) / self.vocab_size}
         else:
             seen = {"codes_seen": len(self.codes), "num_tokens": self.num_tokens}

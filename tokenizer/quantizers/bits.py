@@ -76,4 +76,4 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
-    return values + (total / dist.get_world_size() - values.detach())
+    return total / dist.get_world_size() + (values - values.detach())

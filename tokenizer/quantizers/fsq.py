@@ -34,31 +34,33 @@ class FiniteScalarQuantizer(Quantizer):
         levels = [levels] * codebook_dim if isinstance(levels, int) else levels
         check_levels(codebook_dim, levels)
         self.vocab_size = math.prod(levels)
-        place_values = [math.prod(levels[:number]) for number in range(codebook_dim)]
-        # Integers, which no cast of the model to bfloat16 rounds; derived, so no part of a checkpoint.
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)  # (D,)
-        self.register_buffer("place_values", torch.tensor(place_values), persistent=False)  # (D,)
+        # Lists and no buffers: they are no part of a checkpoint, and no cast to bfloat16 may round them.
+        self.levels = levels
+        self.place_values = [math.prod(levels[:number]) for number in range(codebook_dim)]
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self.bound(latents.float())
             rounded = bounded.detach().round()
-            half_width = (self.levels // 2).view(-1, 1, 1)  # (D, 1, 1)
+            half_width = torch.tensor(self.levels, device=latents.device).view(-1, 1, 1) // 2  # (D, 1, 1)
+            place_values = torch.tensor(self.place_values, device=latents.device).view(-1, 1, 1)
             digits = rounded.nan_to_num().long() + half_width  # (B, D, h, w) in [0, L), NaN in the middle
-            indices = (digits * self.place_values.view(-1, 1, 1)).sum(1)
+            indices = (digits * place_values).sum(1)
             quantized = straight_through(bounded, rounded) / half_width
         return QuantizerOutput(quantized, indices, {})
 
     def bound(self, latents: Tensor) -> Tensor:
         """Latents (B, D, h, w) into [-(L // 2), (L - 1) // 2], where rounding leaves L levels; 0 stays 0."""
-        levels = self.levels.view(-1, 1, 1)
+        levels = torch.tensor(self.levels, device=latents.device).view(-1, 1, 1)
         half = (levels - 1) / 2
         offset = 0.5 * (levels % 2 == 0)  # an even L has no level in the middle of tanh's range: half a step down
         return torch.tanh(latents + torch.atanh(offset / half)) * half - offset
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        digits = indices[..., None] // self.place_values % self.levels  # (B, h, w, D)
-        half_width = self.levels // 2
+        levels = torch.tensor(self.levels, device=indices.device)
+        place_values = torch.tensor(self.place_values, device=indices.device)
+        digits = indices[..., None] // place_values % levels  # (B, h, w, D)
+        half_width = levels // 2
         return ((digits - half_width) / half_width).movedim(-1, 1)
 
 
@@ -72,7 +74,9 @@ def check_levels(codebook_dim: int, levels: list[int]) -> None:
     if min(levels) < 3:
         raise ValueError(f"levels={levels} must all be at least 3; components of two levels are lfq's and bsq's")
     if max(levels) > 2**16:
-        raise ValueError(f"levels={levels} must all be at most 65536: float32 tells no more of them apart")
+        raise ValueError(
+            f"levels={levels} must all be at most 65536, so that float32 tells neighbours well apart; take fewer"
+        )
     if math.prod(levels) > MAX_VOCAB_SIZE:
         raise ValueError(
             f"levels={levels} are {math.prod(levels):,} codes; an index is an int64 and at most 2^62: take fewer "

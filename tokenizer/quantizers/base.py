@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-MAX_VOCAB_SIZE = 2**62  # an index is an int64
+MAX_BITS = 62  # of an index, an int64, so that vocab_size is one too
 
 
 @dataclass

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import MAX_VOCAB_SIZE, Quantizer, QuantizerOutput
+from .base import MAX_BITS, Quantizer, QuantizerOutput
 from .gradients import straight_through
 
 
@@ -77,8 +77,8 @@ def check_levels(codebook_dim: int, levels: list[int]) -> None:
         raise ValueError(
             f"levels={levels} must all be at most 65536, so that float32 tells neighbours well apart; take fewer"
         )
-    if math.prod(levels) > MAX_VOCAB_SIZE:
+    if math.prod(levels) > 2**MAX_BITS:
         raise ValueError(
-            f"levels={levels} are {math.prod(levels):,} codes; an index is an int64 and at most 2^62: take fewer "
-            f"levels or a smaller codebook_dim"
+            f"levels={levels} are {math.prod(levels):,} codes; an index has at most {MAX_BITS} bits: take fewer levels "
+            f"or a smaller codebook_dim"
         )

@@ -9,11 +9,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Quantizer, QuantizerOutput
+from .base import MAX_BITS, Quantizer, QuantizerOutput
 from .bits import batch_entropy, bits_to_indices, indices_to_bits, sample_entropy
 from .gradients import straight_through
 
-MAX_BITS = 62  # of an index in an int64
 MAX_BITS_PER_GROUP = 24  # 2^24 probabilities are 64 MB
 
 

@@ -9,6 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from tokenizer.pretrained import PretrainedConfig
 
+MAX_VOCAB_SIZE = 2**20  # tokens; each has a row of `width` numbers in the embedding and another in the head
+
 
 @dataclass
 class PriorConfig(PretrainedConfig):
@@ -32,8 +34,7 @@ class PriorConfig(PretrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 2; take the tokenizer's vocab_size")
+        check_vocabulary(self.vocab_size)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"grid_size={self.grid_size} must be [h, w], both at least 1; see tokenizer.grid_size")
         if self.num_codebooks < 1:
@@ -93,6 +94,17 @@ class PriorConfig(PretrainedConfig):
             raise ValueError(
                 f"tokenizer_fingerprint={fingerprint!r} must be 64 hexadecimal digits; take tokenizer.fingerprint"
             )
+
+
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise ValueError for tokens that are too few or too many to be modelled, each by an embedding of its own."""
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 2; take the tokenizer's vocab_size")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at most {MAX_VOCAB_SIZE}: the prior has an embedding and a logit for "
+            f"each token; use a tokenizer of fewer codes"
+        )
 
 
 # PriorConfig(vocab_size=16384, grid_size=[16, 16], num_classes=1000, **SIZES["large"]). All but the first are those of

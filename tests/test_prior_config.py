@@ -42,6 +42,7 @@ def test_a_config_of_the_first_version_has_a_single_grid_and_codebook_and_the_id
     ("wrong", "message"),
     [
         ({"vocab_size": 1}, "vocab_size=1 must be at least 2"),
+        ({"vocab_size": 2**20 + 1}, "vocab_size=1048577 must be at most 1048576: .*; use a tokenizer of fewer codes"),
         ({"vocab_size": 16.5}, "vocab_size=16.5 must be of type int"),
         ({"grid_size": [4]}, r"grid_size=\[4\] must be \[h, w\]"),
         ({"grid_size": [4, 0]}, r"grid_size=\[4, 0\] must be \[h, w\]"),

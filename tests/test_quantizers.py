@@ -4,14 +4,20 @@ import copy
 
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latents import DIM, latents_of, trained
 from soft_reference import GRADIENTS_OF_SOFTMAX
 
-from tokenizer import QUANTIZERS
+from tokenizer import QUANTIZERS, ImageTokenizer
 from tokenizer.quantizers import search
 from tokenizer.quantizers.search import nearest_codes
+
+BEFORE_ROUNDING = {
+    "fsq": lambda quantizer, latents: quantizer.bound(latents) / 2,  # 4 levels in [-2, 1], their codes in [-1, 0.5]
+    "bsq": lambda quantizer, latents: latents / latents.norm(dim=1, keepdim=True),
+}
 
 
 @pytest.fixture(params=sorted(QUANTIZERS))
@@ -48,14 +54,17 @@ def test_shapes_types_and_range_are_those_of_the_contract(quantizer):
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
-def test_the_gradient_by_the_latents_is_a_copied_one_or_that_of_the_softmax_written_out(name):
+def test_the_gradient_by_the_latents_is_a_copied_one_or_that_of_the_formula_written_out(name):
+    """Copied from the codes to what is rounded, or where there is a softmax the gradient of that."""
     torch.manual_seed(0)
     quantizer, latents, direction = trained(QUANTIZERS[name](DIM)), latents_of(1).requires_grad_(), latents_of(2)
     expected = direction
+    torch.manual_seed(3)
     if name in GRADIENTS_OF_SOFTMAX:
-        torch.manual_seed(3)
         expected = GRADIENTS_OF_SOFTMAX[name](quantizer, latents, direction)
         assert not torch.allclose(expected, direction)
+    elif name in BEFORE_ROUNDING:
+        (expected,) = torch.autograd.grad((BEFORE_ROUNDING[name](quantizer, latents) * direction).sum(), latents)
     torch.manual_seed(3)
     (quantizer.train()(latents).quantized * direction).sum().backward()
     torch.testing.assert_close(latents.grad, expected)
@@ -97,6 +106,25 @@ def test_codes_that_are_placed_by_a_step_jump_in_it_and_never_again(quantizer):
         quantizer.train()(latents_of(seed, 4, DIM, 8, 8))
         assert quantizer.step() == (not before)
         assert quantizer.placed
+
+
+def test_latents_that_are_not_numbers_have_indices_in_range_and_no_finite_loss_or_code(quantizer):
+    output = trained(quantizer).train()(torch.full((2, DIM, 3, 5), torch.nan))
+    assert output.indices.min() >= 0
+    assert output.indices.max() < quantizer.vocab_size
+    assert not output.quantized.isfinite().any()
+    assert not any(loss.isfinite() for loss in output.losses.values())
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens_codes_and_pictures(quantizer, request, tmp_path):
+    name = request.node.callspec.params["quantizer"]
+    saved = ImageTokenizer(tiny_config(codebook_dim=DIM, quantizer={"name": name})).eval()
+    saved.save_pretrained(tmp_path)
+    loaded, images = ImageTokenizer.from_pretrained(tmp_path), torch.rand(2, 3, 8, 8)
+    tokens = saved.encode(images)
+    assert torch.equal(loaded.encode(images), tokens)
+    assert torch.equal(loaded.decode(tokens), saved.decode(tokens))
+    assert torch.equal(loaded(images).reconstructions.clamp(0, 1), saved.decode(tokens))
 
 
 def test_every_hyperparameter_has_a_default_and_bad_ones_are_refused(quantizer):

@@ -433,3 +433,12 @@ def test_settings_that_follow_the_length_and_those_of_the_family():
     assert json.dumps(config.optimizer.__dict__)  # plain values
     assert (config.optimizer.beta2, config.optimizer.weight_decay) == (0.95, 0.05)
     assert parse(PriorRun, ["optimizer.max_grad_norm=2"]).optimizer.beta2 == 0.95
+
+
+def test_a_tokenizer_of_more_codes_than_a_prior_can_model_is_refused_before_a_store_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quantizer = {"name": "bsq"}
+    ImageTokenizer(tiny_config(codebook_dim=36, quantizer=quantizer)).save_pretrained(tmp_path / "huge")
+    with pytest.raises(UserError, match="tokenizer=huge: vocab_size=68719476736 must be at most 1048576"):
+        main(parse(PriorRun, ["tokenizer=huge", "output_dir=run"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["huge"]

@@ -161,7 +161,7 @@ def test_the_smallest_unsigned_type_holds_every_token(vocab_size):
     assert kind.itemsize == 1 or vocab_size > 2 ** (4 * kind.itemsize)
 
 
-@pytest.mark.parametrize("vocab_size", [256, 257, 65_537])
+@pytest.mark.parametrize("vocab_size", [256, 257, 65_537, 2**62])
 def test_the_highest_token_survives_in_every_type(tmp_path, vocab_size):
     stamp = replace(STAMP, vocab_size=vocab_size)
     tokens = np.full((2, 6), vocab_size - 1)

@@ -13,17 +13,19 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from tokenizer import ImageTokenizer, ModelCard, TokenizerOutput
 from tokenizer.image_model import ImageModel
-from tokenizer.metrics import bits_per_pixel, perplexity, psnr, usage
+from tokenizer.metrics import bits_per_pixel, psnr
 
 from .checkpoint import RunFolder
 from .config import RunError, to_yaml
+from .counting import TokenCounts, num_counted, told_usage
 from .data import evaluation_batches, training_batches
 from .losses import ReconstructionLoss
-from .progress import METRICS_NAME, TOKENS_PER_CODE, UsageWindow, read_lines, save_sheet
+from .progress import METRICS_NAME, UsageWindow, read_lines, save_sheet
 from .settings import AutoencoderRun, TokenizerRun
 from .sources import ImageSource
 
@@ -127,8 +129,9 @@ class TokenizerExaminer(Examiner):
 
     def shown(self, values: dict[str, float]) -> dict[str, str]:
         """The usage of the last evaluation, before the first of the training batches."""
-        codes_used = values.get("usage", values.get("running_usage"))
-        return {"usage": "..." if codes_used is None else f"{codes_used:.0%}"}
+        if "running_usage" in values:
+            values = {"usage": values["running_usage"]} | values
+        return {"usage": told_usage(values) if values.keys() & {"usage", "codes_seen"} else "..."}
 
     @torch.no_grad()
     def evaluate(self, model: ImageTokenizer) -> dict[str, float]:
@@ -144,19 +147,17 @@ class TokenizerExaminer(Examiner):
             scores, nats = psnr(reconstructions, originals), self.reconstruction_loss.nats(reconstructions, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
         mean_psnr, mean_nats = self.mean_over_pictures(totals)
-        counts = torch.zeros(model.vocab_size, device=device)
-        crops, num_tokens = self.crops(), 0
-        while num_tokens < TOKENS_PER_CODE * model.vocab_size:
+        num_codes, crops, num_tokens = model.quantizer.num_codes, self.crops(), 0
+        counts = TokenCounts(num_codes)
+        while num_tokens < num_counted(num_codes):
             tokens = model.encode(next(crops))
-            counts += torch.bincount(tokens.flatten(), minlength=model.vocab_size)
+            counts.add(self.code_numbers(tokens))
             num_tokens += tokens.numel() * self.accelerator.num_processes
-        counts = self.accelerator.reduce(counts, "sum")
+        counts = sum(gather_object([counts]), TokenCounts(num_codes))
         size = self.config.image_size
         return {
             "psnr": mean_psnr,
-            "usage": usage(counts),
-            "perplexity": perplexity(counts),
-            "tokens_per_code": num_tokens / model.vocab_size,
+            **counts.figures(),
             "bits_per_pixel": bits_per_pixel(model.vocab_size, self.tokens_per_image, (size, size)),
         } | self.likelihood(mean_nats)
 
@@ -171,10 +172,10 @@ class TokenizerExaminer(Examiner):
 
     def warn(self, step: int, metrics: dict[str, float]) -> None:
         """Say so where most codes are never used."""
-        if metrics["usage"] < COLLAPSE and step >= self.config.steps / 4:
+        if metrics.get("usage", 1.0) < COLLAPSE and step >= self.config.steps / 4:
             log.warning(
-                "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or "
-                "model.quantizer.codebook_size, or raise model.quantizer.revival_threshold",
+                "codebook collapse at step %d: only %.0f%% of the codes are in use; lower learning_rate or the "
+                "number of codes, or raise what model.quantizer has against it: revival_threshold or entropy_weight",
                 step,
                 100 * metrics["usage"],
             )
@@ -189,10 +190,15 @@ class TokenizerExaminer(Examiner):
             " `distortion_bits_per_dimension`: -log2 p of the 8-bit pixels under a Gaussian of deviation `sigma` about "
             "decode(encode(x)), per channel of a pixel; `total_bits_per_dimension`: with the tokens at a uniform code."
         )
+        seen = (
+            "`usage` (share of codes seen)"
+            if "usage" in metrics
+            else "`codes_seen` (different codes among `num_tokens` tokens; the codes are too many to state a usage)"
+        )
         return (
             f"`psnr`: dB, mean over whole validation pictures ({config.eval_split or 'validation'} "
-            f"of `{config.data}`), of decode(encode(x)). `usage` (share of codes seen) and `perplexity`: on training "
-            f"crops of {config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
+            f"of `{config.data}`), of decode(encode(x)). {seen} and `perplexity`: on training crops of "
+            f"{config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
             f"{costs if 'sigma' in metrics else ''}"
         )
 

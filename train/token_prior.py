@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from prior import AutoregressivePrior, PriorConfig
+from prior.config import check_vocabulary
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
 from train.checkpoint import RunFolder
@@ -132,6 +133,10 @@ def train(
 
 def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Accelerator) -> TokenStore | None:
     """The token store of the settings, written first where none is named; None where a signal ended the writing."""
+    try:
+        check_vocabulary(tokenizer.vocab_size)  # before hours may go into a store
+    except ValueError as error:
+        raise UserError(f"tokenizer={config.tokenizer}: {error}") from None
     default = StoreRun(tokenizer=config.tokenizer)
     try:
         if config.tokens is None and not encode_dataset(default, accelerator):

@@ -1,10 +1,13 @@
 """Quantizers: continuous latents <-> indices into a codebook, one file per family, chosen by name."""
 
 from .base import Quantizer, QuantizerOutput
+from .bsq import BinarySphericalQuantizer
 from .ema_vq import EMAVectorQuantizer
+from .fsq import FiniteScalarQuantizer
 from .grouped import GroupedQuantizer
 from .gumbel_vq import GumbelVectorQuantizer
 from .ibq import IndexBackpropagationQuantizer
+from .lfq import LookupFreeQuantizer
 from .multiscale import MultiscaleQuantizer
 from .residual import ResidualQuantizer
 from .simvq import SimVQ
@@ -18,6 +21,9 @@ QUANTIZERS = {
     "softmax_vq": SoftmaxVectorQuantizer,
     "gumbel_vq": GumbelVectorQuantizer,
     "ibq": IndexBackpropagationQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "bsq": BinarySphericalQuantizer,
     "residual": ResidualQuantizer,
     "grouped": GroupedQuantizer,
     "multiscale": MultiscaleQuantizer,
@@ -25,10 +31,6 @@ QUANTIZERS = {
 
 __all__ = [
     "QUANTIZERS",
-    "EMAVectorQuantizer",
-    "GroupedQuantizer",
-    "MultiscaleQuantizer",
     "Quantizer",
     "QuantizerOutput",
-    "ResidualQuantizer",
 ]

@@ -10,6 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+MAX_BITS = 62  # of an index, an int64, so that vocab_size is one too
+
 
 @dataclass
 class QuantizerOutput:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from tokenizer import ImageVAE, VAEConfig
@@ -44,10 +45,9 @@ def test_each_e_step_touches_the_likelihood_and_leaves_it_and_each_m_step_raises
 
 
 def test_the_two_curves_are_drawn(tmp_path):
-    from PIL import Image
-
     draw(tmp_path / "plots" / "em.png", half_steps(generated(), num_rounds=3), best=-9.5)
-    assert Image.open(tmp_path / "plots" / "em.png").size == (700, 400)
+    with Image.open(tmp_path / "plots" / "em.png") as plot:
+        assert plot.size == (700, 400)
 
 
 def test_em_comes_to_the_closed_maximum_of_the_likelihood():

@@ -39,10 +39,6 @@ class EMAVectorQuantizer(PlacedQuantizer):
         self.register_buffer("ema_sum", torch.randn(codebook_size, codebook_dim))
 
     @property
-    def placed(self) -> bool:
-        return bool(self.num_steps > 0)
-
-    @property
     def codebook(self) -> Tensor:
         """(K, D) float32, derived from the averages at each use, so that the two can never disagree."""
         if self.normalize:

@@ -59,6 +59,10 @@ class PlacedQuantizer(NearestCodeQuantizer):
         # Not a buffer: DistributedDataParallel would overwrite every rank's statistics with those of rank 0.
         self.pending: PendingStatistics | None = None
 
+    @property
+    def placed(self) -> bool:
+        return bool(self.num_steps > 0)
+
     @abstractmethod
     def put(self, codes: Tensor, which: Tensor | slice) -> None:
         """Let the codes (M, D) stand in the rows `which` of the codebook; `ema_count` is already that of the codes."""

@@ -113,6 +113,12 @@ def test_what_cannot_be_is_named(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_unquoted_no_is_a_word(tmp_path):
+    assert parse(TokenizerRun, ["mixed_precision=no"]).mixed_precision == "no"
+    assert parse(TokenizerRun, [preset(tmp_path, "mixed_precision: no")]).mixed_precision == "no"
+    assert parse(TokenizerRun, ["data_options.flip=no"]).data_options.flip is False
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "steps: [1\n"])
 def test_a_preset_that_is_none_is_named(text, tmp_path):
     with pytest.raises(UserError, match="mine.yaml"):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +90,10 @@ def read_preset(path: str) -> dict[str, Any]:
 
 
 def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
-    """Raise ValueError for a key that no setting has; mappings such as model.quantizer check their own."""
+    """Raise ValueError for a key that no setting has; mappings such as model.quantizer check their own.
+
+    A false where the setting knows the word "no" becomes that word: YAML reads an unquoted no as false.
+    """
     hints = get_type_hints(config_class)
     for key, value in layer.items():
         if key not in hints:
@@ -99,6 +102,8 @@ def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{key}={value!r} must be given as {prefix}{key}.KEY=..., it is a group")
             check_keys(hints[key], value, f"{prefix}{key}.")
+        elif value is False and "no" in get_args(hints[key]):
+            layer[key] = "no"
 
 
 def drop_replaced_choices(merged: DictConfig, layer: dict[str, Any]) -> None:

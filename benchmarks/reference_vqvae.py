@@ -7,32 +7,25 @@ of the training pixels. A finished model is kept in runs/NAME/ and not trained a
 Writes results/reference_vqvae_NAME.json. Shapes: B batch, N vectors, K codes, D components of a code.
 """
 
-import json
 import math
-import re
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, ClassVar
+from statistics import mean
+from typing import Any
 
 import torch
-from labelled_images import content_hash, picture_batches
-from recording import ROOT, circumstances, command_line, num_parameters, public_settings, record, refusals, tell
+from recording import ROOT, circumstances, command_line, num_parameters, public_settings, record
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from trained_tokenizers import Pictures, TrainedRun, figures_of_all, measured, read_pictures, summaries, train_ours
 
-from tokenizer import ImageTokenizer
-from tokenizer.metrics import perplexity, usage
-from tokenizer.pretrained import written_whole
-from train.config import UserError, launch
-from train.settings import SourceSettings, ThreadSettings, require
-from train.sources import open_splits, reading
+from tokenizer.metrics import perplexity
+from train.config import launch
+from train.settings import require
 
 SIDE = 32  # pixels
 NUM_TRAIN = 40_000  # pictures that the example trains on
@@ -45,25 +38,15 @@ PUBLISHED = {"train_nmse": 0.056, "train_perplexity": 326.0}  # means of the las
 
 
 @dataclass
-class ReferenceRun:
+class ReferenceRun(TrainedRun):
     """Settings of benchmarks/reference_vqvae.py."""
 
-    data: str = "uoft-cs/cifar10"  # as for train/vqvae.py
-    named: str | None = None  # the Hub id of `data` where that is a path; stands in the record in its place
-    split: str = "train"
-    eval_split: str | None = None  # split to measure on; default: validation, else test
     models: list[str] = field(default_factory=lambda: ["train/presets/cifar10/vqvae.yaml"])  # for train/vqvae.py each
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    seed: int = 0  # of what is held out where there is no other split
     steps: int = STEPS  # of the example; 0 leaves it out
-    data_options: SourceSettings = field(default_factory=SourceSettings)
-    speed: ThreadSettings = field(default_factory=ThreadSettings)
-
-    streaming: ClassVar[bool] = False  # all pictures are held in memory
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.steps >= 0, f"steps={self.steps}", "be >= 0")
-        require(bool(self.seeds), "seeds=[]", "hold at least one number")
 
 
 class ReferenceQuantizer(nn.Module):
@@ -158,47 +141,26 @@ def main(name: str, config: ReferenceRun, root: Path = ROOT) -> None:
     """Train what is not trained yet, measure everything, and write the record under `root`."""
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    tell(f"reading {config.data}")
-    with reading(config.data):
-        batches_of = partial(picture_batches, channels=3, side=SIDE, limit=None, batch_size=1000, rank=0, num_ranks=1)
-        train, test = (torch.cat([batch for _, batch in batches_of(source)]) for source in open_splits(config))
-    variance = (train.double() / 255).var(correction=0).item()
-    folder = root / "runs" / name
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for seed in config.seeds:  # all models of one seed, then the next: a run that is cut short still compares
-        for model in ([REFERENCE] if config.steps else []) + config.models:
-            path = folder / f"{folder_name(model)}_{seed}"
-            if not (path / "figures.json").is_file():
-                tell(f"{model}, seed {seed}")
-                make = train_reference if model == REFERENCE else partial(train_ours, model)
-                figures = make(path, seed, train, test, variance, config)
-                with written_whole(path / "figures.json") as part:
-                    part.write_text(json.dumps(figures))
-            rows.setdefault(model, []).append(json.loads((path / "figures.json").read_text()))
-    protocol = {
-        "settings": public_settings(config),
-        "train": {"images": len(train), "sha256": content_hash(train), "variance": variance},
-        "test": {"images": len(test), "sha256": content_hash(test)},
-        "published": PUBLISHED,
-        "nmse": "mean squared error of test reconstructions, clamped to [0, 1], over the variance of training pixels",
-    }
+    pictures = read_pictures(config, channels=3, side=SIDE)
+    makers = {REFERENCE: partial(train_reference, pictures, config.steps)} if config.steps else {}
+    makers |= {model: partial(train_ours, model, pictures, config) for model in config.models}
+    rows = figures_of_all(root / "runs" / name, makers, config.seeds)
+    protocol = pictures.protocol(config) | {"published": PUBLISHED}
     figures = {"command": command_of(name, config), "protocol": protocol, "models": summaries(rows)}
     record(f"reference_vqvae_{name}", figures, root)
 
 
-def train_reference(
-    path: Path, seed: int, train: Tensor, test: Tensor, variance: float, config: ReferenceRun
-) -> dict[str, Any]:
+def train_reference(pictures: Pictures, steps: int, path: Path, seed: int) -> dict[str, Any]:
     """Train the example with a seed; its figures."""
     torch.manual_seed(seed)
-    model, train = ReferenceVQVAE(), train[:NUM_TRAIN]
+    model, train = ReferenceVQVAE(), pictures.train[:NUM_TRAIN]
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    order = batches(len(train), config.steps)
+    order = batches(len(train), steps)
     last, begun = [], time.perf_counter()
     for indices in tqdm(order, desc="reference", unit="step", mininterval=5):
         images = train[indices].float() / 255
         reconstructions, tokens, commitment = model(images)
-        nmse = F.mse_loss(reconstructions, images) / variance
+        nmse = F.mse_loss(reconstructions, images) / pictures.variance
         optimizer.zero_grad()
         (nmse + commitment).backward()
         optimizer.step()
@@ -213,7 +175,7 @@ def train_reference(
     nmses, perplexities = zip(*last, strict=True)
     path.mkdir(parents=True, exist_ok=True)
     return {
-        **measured(reconstruct, test, variance, NUM_CODES),
+        **measured(reconstruct, pictures, NUM_CODES),
         "parameters": num_parameters(model),
         "train_nmse": mean(nmses),
         "train_perplexity": mean(perplexities),
@@ -227,75 +189,6 @@ def batches(num_images: int, steps: int) -> list[Tensor]:
     per_epoch = num_images // BATCH_SIZE
     epochs = [torch.randperm(num_images)[: per_epoch * BATCH_SIZE] for _ in range(-(-steps // per_epoch))]
     return list(torch.cat(epochs).split(BATCH_SIZE))[:steps]
-
-
-def folder_name(model: str) -> str:
-    """What tells the arguments of a model from all others, as the name of a folder."""
-    return re.sub(r"[^\w.=-]+", "_", model.removeprefix("train/presets/"))
-
-
-def train_ours(
-    arguments: str, path: Path, seed: int, train: Tensor, test: Tensor, variance: float, config: ReferenceRun
-) -> dict[str, Any]:
-    """Train by the training program with a seed, or go on with it; its figures."""
-    given = {"data": config.data, "split": config.split, "seed": seed, "output_dir": path / "run"}
-    if config.speed.threads:
-        given["speed.threads"] = config.speed.threads
-    words = [f"{key}={value}" for key, value in given.items()]
-    begun = time.perf_counter()
-    done = subprocess.run(["accelerate", "launch", "train/vqvae.py", *shlex.split(arguments), *words], cwd=ROOT)
-    seconds = time.perf_counter() - begun
-    if done.returncode:
-        raise UserError(f"{arguments} could not be trained (exit code {done.returncode}); its own words stand above")
-    with refusals():
-        tokenizer = ImageTokenizer.from_pretrained(path / "run")
-
-    def reconstruct(images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = tokenizer.encode(images)
-        return tokenizer.decode(tokens), tokens
-
-    return {
-        **measured(reconstruct, test, variance, tokenizer.vocab_size),
-        "parameters": num_parameters(tokenizer),
-        "seconds": round(seconds, 1),
-        "made_with": circumstances(),
-    }
-
-
-@torch.no_grad()
-def measured(reconstruct: Any, test: Tensor, variance: float, num_codes: int) -> dict[str, float]:
-    """NMSE and PSNR of all test pictures (as one), usage and perplexity of their tokens."""
-    squared_error, counts = 0.0, torch.zeros(num_codes, dtype=torch.int64)
-    for part in test.split(250):
-        images = part.float() / 255
-        reconstructions, tokens = reconstruct(images)
-        squared_error += (reconstructions.clamp(0, 1) - images).double().square().sum().item()
-        counts += torch.bincount(tokens.flatten(), minlength=num_codes)
-    mse = squared_error / test.numel()
-    return {
-        "test_nmse": mse / variance,
-        "test_psnr": -10 * math.log10(mse),
-        "usage": usage(counts),
-        "perplexity": perplexity(counts),
-        "tokens_per_code": counts.sum().item() / num_codes,
-        "bits_per_image": tokens[0].numel() * math.log2(num_codes),
-    }
-
-
-def summaries(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of each model the mean and the spread over seeds of its test NMSE, against the first one's, and all its runs."""
-    means = {model: mean(run["test_nmse"] for run in runs) for model, runs in rows.items()}
-    first = next(iter(means.values()))
-    return [
-        {
-            "model": model,
-            "test_nmse": means[model],
-            "deviation": stdev(run["test_nmse"] for run in runs) if len(runs) > 1 else None,
-            "under_the_first": 1 - means[model] / first,
-            "runs": runs,
-        }
-        for model, runs in rows.items()
-    ]
 
 
 def command_of(name: str, config: ReferenceRun) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from train.counting import told_usage
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -16,7 +18,7 @@ def tokenizer_row(result: dict[str, Any]) -> dict[str, str]:
     return {
         "command": f"`{result['command']}`",
         "validation PSNR": f"{metrics['psnr']:.2f} dB",
-        "codes in use": f"{metrics['usage']:.1%}",
+        "codes in use": told_usage(metrics),
         "perplexity": f"{metrics['perplexity']:.0f}",
         "bits per pixel": f"{metrics['bits_per_pixel']:.3f}",
         "time": f"{result['seconds'] / 60:.1f} min",
@@ -109,21 +111,53 @@ def reference_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for model in result["models"]:
         runs = model["runs"]
-        psnr, used, perplexity, seconds = (
-            mean(run[key] for run in runs) for key in ("test_psnr", "usage", "perplexity", "seconds")
-        )
+        means = means_over(runs)
         spread = "" if model["deviation"] is None else f" ± {model['deviation']:.4f}"
         rows.append(
             {
                 "model": "the example" if model["model"] == "reference" else f"`train/vqvae.py {model['model']}`",
                 "test NMSE": f"{model['test_nmse']:.4f}{spread}",
                 "under the first": f"{model['under_the_first']:.1%}" if rows else "-",
-                "test PSNR": f"{psnr:.2f} dB",
-                "codes in use": f"{used:.1%}",
-                "perplexity": f"{perplexity:.0f}",
+                "test PSNR": f"{means['test_psnr']:.2f} dB",
+                "codes in use": told_usage(means),
+                "perplexity": f"{means['perplexity']:.0f}",
                 "parameters": f"{runs[0]['parameters']:,}",
                 "seeds": str(len(runs)),
-                "time": f"{seconds / 60:.1f} min",
+                "time": f"{means['seconds'] / 60:.1f} min",
+                "on": hardware(runs[0]["made_with"]),
+            }
+        )
+    return rows
+
+
+def means_over(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean over seeds of every figure that is a number."""
+    return {key: mean(run[key] for run in runs) for key, value in runs[0].items() if isinstance(value, int | float)}
+
+
+def quantizers_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The cells of each bottleneck of a recorded comparison, by the column's title; means over seeds."""
+    shared, rows = result["protocol"]["settings"]["shared"], []
+    for model in result["models"]:
+        runs = model["runs"]
+        means = means_over(runs)
+        paper, when = BOTTLENECKS[runs[0]["quantizer"]]
+        spread = "" if model["deviation"] is None else f" ± {model['deviation']:.4f}"
+        rows.append(
+            {
+                "bottleneck": f"`{model['model'].removeprefix(shared).strip()}`",
+                "paper": paper,
+                "when to choose it": when,
+                "test NMSE": f"{model['test_nmse']:.4f}{spread}",
+                "test PSNR": f"{means['test_psnr']:.2f} dB",
+                "codes in use": told_usage(means),
+                "perplexity": f"{means['perplexity']:.0f}",
+                "tokens per code": f"{means['tokens_per_code']:.3g}",
+                "bits per image": f"{means['bits_per_image']:.0f}",
+                "parameters": f"{runs[0]['parameters']:,}",
+                "steps/s": f"{means['steps_per_second']:.1f}",
+                "peak memory": f"{means['peak_memory'] / 2**20:.0f} MiB",
+                "seeds": str(len(runs)),
                 "on": hardware(runs[0]["made_with"]),
             }
         )
@@ -206,6 +240,57 @@ MEASURES = {
     "kernel_mobilenet_v2": ("kernel distance, MobileNetV2", "{:.5f}"),
 }
 
+BOTTLENECKS = {  # of each member of QUANTIZERS the paper, and when to choose it
+    "ema_vq": (
+        "[van den Oord et al. 2017](https://arxiv.org/abs/1711.00937)",
+        "the default: any number of codes up to some ten thousand, each kept in use",
+    ),
+    "vq": (
+        "[van den Oord et al. 2017](https://arxiv.org/abs/1711.00937)",
+        "where the codes must learn by the optimizer, as in published VQGANs",
+    ),
+    "simvq": (
+        "[Zhu et al. 2024](https://arxiv.org/abs/2411.02038)",
+        "very many explicit codes: all move as one, so that none is left behind",
+    ),
+    "softmax_vq": (
+        "[Bengio et al. 2013](https://arxiv.org/abs/1308.3432)",
+        "where the gradient should know of the other codes: softmax backward, hard forward",
+    ),
+    "gumbel_vq": (
+        "[Jang et al. 2017](https://arxiv.org/abs/1611.01144), [Ramesh et al. 2021](https://arxiv.org/abs/2102.12092)",
+        "a distribution over codes and its KL, as in dVAE; long runs, for the annealing",
+    ),
+    "ibq": (
+        "[Shi et al. 2024](https://arxiv.org/abs/2412.02692)",
+        "very many codes of many components, each moved by every latent; needs long runs",
+    ),
+    "fsq": (
+        "[Mentzer et al. 2023](https://arxiv.org/abs/2309.15505)",
+        "no loss to weigh and no code to lose; levels whose product is the vocabulary",
+    ),
+    "lfq": (
+        "[Yu et al. 2023](https://arxiv.org/abs/2310.05737)",
+        "very many codes, as bits: the entropy losses keep them in use and must be weighed against the others",
+    ),
+    "bsq": (
+        "[Zhao et al. 2024](https://arxiv.org/abs/2406.07548)",
+        "as lfq, where codes are to stay near their latents, which lie on the unit sphere",
+    ),
+    "residual": (
+        "[Lee et al. 2022](https://arxiv.org/abs/2203.01941)",
+        "several small codebooks in place of a huge one; tokens that decode coarse to fine",
+    ),
+    "grouped": (
+        "[Jegou et al. 2011](https://inria.hal.science/inria-00514462)",
+        "several small codebooks side by side, none depending on another",
+    ),
+    "multiscale": (
+        "[Tian et al. 2024](https://arxiv.org/abs/2404.02905)",
+        "a pyramid of grids for priors that predict scale after scale",
+    ),
+}
+
 ROWS = {
     "vqvae": tokenizer_row,
     "encode_dataset": store_row,
@@ -214,6 +299,7 @@ ROWS = {
     "reconstruction": reconstruction_rows,
     "reference_vqvae": reference_rows,
     "reference_vqvae_ablation": ablation_rows,
+    "quantizers": quantizers_rows,
 }
 
 if __name__ == "__main__":

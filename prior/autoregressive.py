@@ -1,8 +1,9 @@
-"""AutoregressivePrior: p(tokens | class) of a grid, token after token in row-major order.
+"""AutoregressivePrior: p(tokens | class) of a picture, token after token: grid after grid, row-major, then by codebook.
 
 A class-conditional transformer over the tokens of a VQ-VAE (Esser et al. 2020, arXiv:2012.09841, section 3.2), as
 LlamaGen has it (Sun et al. 2024, arXiv:2406.06525, section 2.2).
-Shapes: B batch, h w grid sides, V vocab_size, W width, n tokens of a prefix.
+Shapes: B batch, h w grid sides, q num_codebooks, T tokens of a picture, V vocab_size, W width, n tokens of a prefix.
+Tokens are (B, h, w); (B, h, w, q) with several codebooks; (B, T) where the grids of a picture differ in size.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from tokenizer import ImageTokenizer
 prior = AutoregressivePrior.from_pretrained("{source}")
 tokenizer = ImageTokenizer.from_pretrained(TOKENIZER)
 prior.check_tokenizer(tokenizer.fingerprint)
-tokens = prior.generate(REQUEST)  # int64 (1, h, w)
+tokens = prior.generate(REQUEST)  # int64 SHAPE
 pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 """
 
@@ -49,7 +50,7 @@ class AutoregressivePrior(PretrainedModel):
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
-        self.place_embedding = nn.Embedding(self.num_tokens, config.width)  # of the token that an input predicts
+        self.place_embedding = nn.Embedding(config.num_tokens, config.width)  # of the token that an input predicts
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.width, config.num_layers, config.num_heads, config.dropout)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -57,7 +58,7 @@ class AutoregressivePrior(PretrainedModel):
             initialize(module)
 
     def forward(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Tokens (B, h, w), or (B, h*w) row-major, and labels (B,) to logits (B, h*w, V) float32.
+        """Tokens of the tokenizer's shape, or flat (B, T), and labels (B,) to logits (B, T, V) float32.
 
         Raises ValueError for tokens or labels that the config does not describe (once compiled, for their shapes only).
         """
@@ -89,10 +90,11 @@ class AutoregressivePrior(PretrainedModel):
         batch_size: int = 64,
         progress: bool = False,
     ) -> Tensor:
-        """Draw grids (B, h, w) int64, by default from the model's own distribution.
+        """Draw tokens int64 of the tokenizer's shape, by default from the model's own distribution.
 
         B is the number of labels, of prefixes, or `num_samples`, which must agree where several are given. `prefix`
-        holds the first tokens of each grid, (B, n), or its first rows, (B, n / w, w), and the rest is drawn given them.
+        holds the first tokens of each, (B, n), or the first rows of a grid, (B, rows, w) or (B, rows, w, q), and the
+        rest is drawn given them.
         `temperature`, `top_k`, `top_p` as in sampling.py. `guidance_scale`: 1 is off, 0 leaves the class out, above 1
         strengthens it; a pair changes linearly from the first position to the last.
         Memory grows with batch_size, not with B, and the same generator state gives the same grids at every batch_size
@@ -105,14 +107,14 @@ class AutoregressivePrior(PretrainedModel):
             raise ValueError(f"batch_size={batch_size} must be at least 1; it bounds memory, not the number of grids")
         # Drawn at once, one number per token: see sampling.draw.
         device = "cpu" if generator is None else generator.device
-        shape = (num_samples, self.num_tokens)
+        shape = (num_samples, self.config.num_tokens)
         uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         batches = zip(*(part.split(batch_size) for part in (classes, prefix, uniforms)), strict=True)
-        num_steps = num_samples * (self.num_tokens - prefix.shape[1])
+        num_steps = num_samples * (self.config.num_tokens - prefix.shape[1])
         with self.evaluating(), tqdm(total=num_steps, unit="token", disable=not progress) as bar:
             grids = torch.cat([self.complete(*batch, scales, choose, bar) for batch in batches])
-        return grids.unflatten(1, self.config.grid_size)
+        return grids.unflatten(1, self.config.token_shape)
 
     def complete(
         self,
@@ -123,20 +125,20 @@ class AutoregressivePrior(PretrainedModel):
         choose: Callable[[Tensor, Tensor], Tensor],
         bar: tqdm,
     ) -> Tensor:
-        """Continue the prefixes (B, n) of one batch to whole sequences (B, h*w); `uniforms` (B, h*w), scales per token.
+        """Continue the prefixes (B, n) of one batch to whole sequences (B, T); `uniforms` (B, T), scales per token.
 
         With guidance a single pass takes the batch twice: first with its classes, then with the null class.
         """
-        if prefix.shape[1] == self.num_tokens:
+        if prefix.shape[1] == self.config.num_tokens:
             return prefix
         guided = any(scale != 1 for scale in scales)
         if guided:
             classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
         copies = 1 + guided
-        caches, coordinates = self.transformer.empty_caches(self.num_tokens), self.coordinates()
+        caches, coordinates = self.transformer.empty_caches(self.config.num_tokens), self.coordinates()
         hidden = self.embed(classes, prefix.repeat(copies, 1))  # (copies * B, n + 1, W)
         tokens, start = [prefix], 0
-        for position in range(prefix.shape[1], self.num_tokens):
+        for position in range(prefix.shape[1], self.config.num_tokens):
             hidden = self.transformer(hidden, coordinates[start : position + 1], caches)[:, -1]
             logits = self.head(hidden).float()  # (copies * B, V)
             if guided:
@@ -153,13 +155,22 @@ class AutoregressivePrior(PretrainedModel):
         return self.dropout(inputs + self.place_embedding.weight[: inputs.shape[1]])
 
     def coordinates(self) -> Tensor:
-        """Row and column (h*w, 2) of each input: the class at the origin, the tokens but the last from (1, 1) on.
+        """Row and column (T, 2) of each input: the class at the origin, the tokens but the last from (1, 1) on.
 
-        No token shares the place of the class, so that its offset to the class tells where in the grid it is.
+        No token shares the place of the class, so that its offset to the class tells where in the grid it is. Tokens of
+        one place share its coordinates, and those of a coarser grid lie where their middles lie on the last grid.
         """
-        rows, columns = (torch.arange(1, side + 1, device=self.device) for side in self.config.grid_size)
-        grid = torch.cartesian_prod(rows, columns)  # (h*w, 2)
-        return torch.cat([torch.zeros_like(grid[:1]), grid[:-1]])
+        places = torch.cat([self.middles(height, width) for height, width in self.config.grids])
+        tokens = places.repeat_interleave(self.config.num_codebooks, dim=0)  # (T, 2)
+        return torch.cat([torch.zeros_like(tokens[:1]), tokens[:-1]])
+
+    def middles(self, height: int, width: int) -> Tensor:
+        """Row and column (h*w, 2) of the middles of a grid's places, where those of the last grid are 1, 2, ..."""
+        sides = zip((height, width), self.config.grid_size, strict=True)
+        middles = (
+            (torch.arange(side, device=self.device) + 0.5) * whole / side + 0.5 for side, whole in sides
+        )  # exact where side == whole
+        return torch.cartesian_prod(*middles)
 
     def drop_labels(self, classes: Tensor) -> Tensor:
         """Classes (B,) with a random share of `class_dropout` replaced by the null class."""
@@ -168,7 +179,7 @@ class AutoregressivePrior(PretrainedModel):
 
     def guidance(self, guidance_scale: float | tuple[float, float]) -> list[float]:
         """The guidance scale of each token; ValueError where there is no trained null class to move away from."""
-        scales = guidance_scales(guidance_scale, self.num_tokens)
+        scales = guidance_scales(guidance_scale, self.config.num_tokens)
         if any(scale != 1 for scale in scales):
             if not self.config.num_classes:
                 raise ValueError(
@@ -196,34 +207,32 @@ class AutoregressivePrior(PretrainedModel):
         return labels.to(self.device)
 
     def sequences(self, tokens: Tensor) -> Tensor:
-        """Whole grids as (B, h*w) int64 on the model's device; ValueError if wrong."""
-        height, width = self.config.grid_size
+        """Whole pictures as (B, T) int64 on the model's device; ValueError if wrong."""
+        expected, num_tokens = self.config.token_shape, self.config.num_tokens
         tokens = torch.as_tensor(tokens)
         shape = tuple(tokens.shape)
-        if len(shape) == 4:
+        if shape[1:] not in (expected, (num_tokens,)) or not shape[0]:
+            rules = dict.fromkeys((f"(B, {', '.join(map(str, expected))})", f"(B, {num_tokens})"))
             raise ValueError(
-                f"tokens of shape {shape} have several codebooks per position, and this prior models one token per "
-                f"position; use a tokenizer with a single codebook"
-            )
-        if shape[1:] not in ((height, width), (height * width,)) or not shape[0]:
-            raise ValueError(
-                f"tokens of shape {shape}; the rule is (B, {height}, {width}) or (B, {height * width}), the grid_size "
-                f"that the prior was made for, with B at least 1"
+                f"tokens of shape {shape}; the rule is {' or '.join(rules)}, the grids that the prior was made for, "
+                f"with B at least 1; use the tokenizer that it was trained with, at its image_size"
             )
         return whole_numbers("tokens", tokens, self.config.vocab_size).flatten(1).to(self.device)
 
     def prefixes(self, prefix: Tensor | None, num_samples: int) -> Tensor:
-        """The first tokens of each grid as (B, n) int64 on the model's device; ValueError if wrong."""
-        height, width = self.config.grid_size
+        """The first tokens of each picture as (B, n) int64 on the model's device; ValueError if wrong."""
+        row, num_tokens = self.config.token_shape[1:], self.config.num_tokens  # of a row; () where grids differ in size
         if prefix is None:
             return torch.empty(num_samples, 0, dtype=torch.int64, device=self.device)
         shape = tuple(prefix.shape)
-        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != width):
-            raise ValueError(f"prefix of shape {shape}; the rule is first tokens (B, n) or first rows (B, n, {width})")
+        if len(shape) != 2 and (not row or shape[2:] != row):
+            rows = f" or first rows (B, n, {', '.join(map(str, row))})" if row else ""
+            raise ValueError(f"prefix of shape {shape}; the rule is first tokens (B, n){rows}")
         prefix = whole_numbers("prefix tokens", prefix, self.config.vocab_size).flatten(1)
-        if prefix.shape[1] > self.num_tokens:
+        if prefix.shape[1] > num_tokens:
+            sizes = " x ".join(map(str, self.config.token_shape))
             raise ValueError(
-                f"prefix of {prefix.shape[1]} tokens is longer than the grid, {height} x {width} = {self.num_tokens}; "
+                f"prefix of {prefix.shape[1]} tokens is longer than the grid, {sizes} = {num_tokens}; "
                 f"give only the first ones"
             )
         return prefix.to(self.device)
@@ -238,12 +247,6 @@ class AutoregressivePrior(PretrainedModel):
             )
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of a grid, h * w."""
-        height, width = self.config.grid_size
-        return height * width
-
-    @property
     def null_class(self) -> int:
         """The row of the class embedding that stands for no class."""
         return self.config.num_classes
@@ -252,7 +255,8 @@ class AutoregressivePrior(PretrainedModel):
     def card_usage(self) -> str:
         named = "prior.config.tokenizer" if self.config.tokenizer else '"folder/of/its/tokenizer"'
         request = "labels=[0]" if self.config.num_classes else "num_samples=1"
-        return USAGE.replace("TOKENIZER", named).replace("REQUEST", request)
+        shape = f"(1, {', '.join(map(str, self.config.token_shape))})"
+        return USAGE.replace("TOKENIZER", named).replace("REQUEST", request).replace("SHAPE", shape)
 
 
 def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:

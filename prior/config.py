@@ -1,17 +1,23 @@
 """PriorConfig: exactly what a prior's config.json holds. SIZES: the widths and depths of the field."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tokenizer.pretrained import PretrainedConfig
 
+MAX_VOCAB_SIZE = 2**20  # tokens; each has a row of `width` numbers in the embedding and another in the head
+
 
 @dataclass
 class PriorConfig(PretrainedConfig):
     """What is modelled (the grid, its vocabulary, its classes, its tokenizer) and the network that models it."""
+
+    format_version: ClassVar[int] = 2
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1), "coarser_grids": (2, [])}
 
     vocab_size: int  # number of different tokens; they lie in [0, vocab_size)
     grid_size: list[int]  # [h, w], tokens per column and per row of the grid
@@ -23,17 +29,41 @@ class PriorConfig(PretrainedConfig):
     class_dropout: float = 0.1  # in [0, 1), share of labels dropped in training; 0 gives up classifier-free guidance
     tokenizer: str | None = None  # repo id of the tokenizer that made the tokens, never a path; null where it has none
     tokenizer_fingerprint: str | None = None  # its `fingerprint`, 64 hexadecimal digits
+    num_codebooks: int = 1  # q, tokens at each place of the grid, one after another
+    coarser_grids: list[list[int]] = field(default_factory=list)  # [h, w] of each grid before the last, grid_size
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 2; take the tokenizer's vocab_size")
+        check_vocabulary(self.vocab_size)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"grid_size={self.grid_size} must be [h, w], both at least 1; see tokenizer.grid_size")
+        if self.num_codebooks < 1:
+            raise ValueError(f"num_codebooks={self.num_codebooks} must be at least 1; see tokenizer.num_codebooks")
+        if any(len(grid) != 2 or min(grid) < 1 for grid in self.coarser_grids):
+            raise ValueError(
+                f"coarser_grids={self.coarser_grids} must be a list of [h, w], both at least 1; see tokenizer.grids"
+            )
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be at least 0; 0 is an unconditional prior")
         self.check_network()
         self.check_origin()
+
+    @property
+    def grids(self) -> list[list[int]]:
+        """[h, w] of each grid in the order of its tokens."""
+        return [*self.coarser_grids, self.grid_size]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all grids of a picture."""
+        return sum(height * width for height, width in self.grids) * self.num_codebooks
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of the tokens of a picture as its tokenizer takes them: (h, w), (h, w, q) or (L,)."""
+        if self.coarser_grids:
+            return (self.num_tokens,)
+        return (*self.grid_size, self.num_codebooks) if self.num_codebooks > 1 else tuple(self.grid_size)
 
     def check_network(self) -> None:
         """Raise ValueError for a network that cannot be built."""
@@ -64,6 +94,17 @@ class PriorConfig(PretrainedConfig):
             raise ValueError(
                 f"tokenizer_fingerprint={fingerprint!r} must be 64 hexadecimal digits; take tokenizer.fingerprint"
             )
+
+
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise ValueError for tokens that are too few or too many to be modelled, each by an embedding of its own."""
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 2; take the tokenizer's vocab_size")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at most {MAX_VOCAB_SIZE}: the prior has an embedding and a logit for "
+            f"each token; use a tokenizer of fewer codes"
+        )
 
 
 # PriorConfig(vocab_size=16384, grid_size=[16, 16], num_classes=1000, **SIZES["large"]). All but the first are those of

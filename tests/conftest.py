@@ -1,6 +1,7 @@
 """Shared pieces of the tests: tiny real models and pictures."""
 
 import os
+from pathlib import Path
 
 # Before any library is imported, and for every process that a test starts: no network, and threads that never fight.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
@@ -103,3 +105,25 @@ def mobilenet_file(tmp_path_factory) -> str:
     network(torch.rand(8, 3, 64, 64))
     torch.save(network.state_dict(), path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    """A folder of 40 training and 8 test pictures of 32 pixels."""
+    folder = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 40), ("test", 8)):
+        (folder / split).mkdir()
+        for index in range(count):
+            picture(index, 32, 32).save(folder / split / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny_preset(tmp_path) -> Path:
+    """Settings of train/vqvae.py for two steps on `colours`."""
+    autoencoder = {"name": "convolutional", "base_channels": 8, "latent_channels": 8}
+    model = {"autoencoder": autoencoder, "quantizer": {"name": "ema_vq", "codebook_size": 16}}
+    settings = {"image_size": 32, "steps": 2, "batch_size": 4, "num_workers": 0, "model": model}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -149,12 +149,16 @@ def test_importing_a_library_leaves_torch_as_it_is(report):
 def test_the_public_names_are_these():
     assert sorted(tokenizer.__all__) == [
         "ImageTokenizer",
+        "ImageVAE",
         "ModelCard",
+        "POSTERIORS",
         "QUANTIZERS",
         "Quantizer",
         "QuantizerOutput",
         "TokenizerConfig",
         "TokenizerOutput",
+        "VAEConfig",
+        "VAEOutput",
     ]
     public = {name for name, value in vars(tokenizer).items() if not name.startswith("_")}
     modules = {path.stem for path in FILES if path.parent == Path("tokenizer")} | {"quantizers"}

@@ -60,6 +60,39 @@ def larger():
     return make_prior(vocab_size=7, grid_size=[3, 4], num_classes=3)
 
 
+# Tokens of every shape
+
+LAYOUTS = {
+    "codebooks": ({"grid_size": [2, 3], "num_codebooks": 2}, (2, 3, 2)),
+    "scales": ({"grid_size": [2, 3], "coarser_grids": [[1, 1], [1, 2]]}, (9,)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_every_shape_are_one_sequence_and_come_back_in_their_shape(layout):
+    changes, shape = LAYOUTS[layout]
+    prior = make_prior(**changes)
+    tokens = prior.generate(labels=[0, 1], generator=seeded())
+    num_tokens = tokens[0].numel()
+    assert tokens.shape == (2, *shape)
+    assert prior(tokens, [0, 1]).shape == (2, num_tokens, 3)
+    assert torch.equal(prior.log_prob(tokens, [0, 1]), prior.log_prob(tokens.flatten(1), [0, 1]))
+    first = tokens[:, :1] if len(shape) > 1 else tokens[:, :4]  # a row, or the first tokens
+    assert torch.equal(prior.generate(labels=[0, 1], prefix=first, generator=seeded()), tokens)
+    with pytest.raises(ValueError, match=rf"\(1, 2, 3\); the rule is \(B, .*{num_tokens}\)"):
+        prior(torch.zeros(1, 2, 3, dtype=torch.int64), [0])
+
+
+def test_tokens_of_a_place_share_its_coordinates_and_coarse_ones_lie_in_the_middle_of_what_they_cover():
+    codebooks = make_prior(grid_size=[1, 2], num_codebooks=2).coordinates()
+    assert codebooks.tolist() == [[0, 0], [1, 1], [1, 1], [1, 2]]
+    scales = make_prior(grid_size=[2, 4], coarser_grids=[[1, 1], [1, 2]]).coordinates()
+    assert scales.tolist() == [
+        *([0, 0], [1.5, 2.5], [1.5, 1.5], [1.5, 3.5]),
+        *([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [2, 3]),
+    ]
+
+
 # The model's distribution
 
 
@@ -224,7 +257,7 @@ def test_a_completion_keeps_the_prefix_and_samples_the_rest_given_it(prior):
 
 def slow_generate(prior, labels, seed, guidance_scale=1.0):
     """One grid after the other, each token from whole passes without a cache, guidance from two models."""
-    twin, num_tokens = unconditional_twin(prior), prior.num_tokens
+    twin, num_tokens = unconditional_twin(prior), prior.config.num_tokens
     uniforms = torch.rand(len(labels), num_tokens, generator=seeded(seed), dtype=torch.float64)
     first, last = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale, guidance_scale)
     grids = torch.zeros(len(labels), num_tokens, dtype=torch.int64)
@@ -385,7 +418,7 @@ GRID = torch.zeros(1, 2, 2, dtype=torch.int64)
         (GRID[:, :1], [0], r"tokens of shape \(1, 1, 2\); the rule is \(B, 2, 2\) or \(B, 4\)"),
         (GRID[0, 0], [0], r"tokens of shape \(2,\); the rule is"),
         (GRID[:0], [], "with B at least 1"),
-        (GRID[..., None], [0], "several codebooks per position.*use a tokenizer with a single codebook"),
+        (GRID[..., None], [0], r"tokens of shape \(1, 2, 2, 1\); the rule is .*use the tokenizer that it was"),
         (GRID, None, "labels=None; this prior has 2 classes, give one label per grid"),
         (GRID, [2], r"labels run from 2 to 2; they must lie in \[0, 2\)"),
         (GRID, [-1], r"labels run from -1 to -1; they must lie in \[0, 2\)"),

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_config
 from hub_server import in_own_process, serve_hub
 from PIL import Image
+from test_model import images_of, placed
 from test_publishing import tiny_model
+from test_tokens import STRUCTURES
 
 from tokenizer import ModelCard
 from train.config import parse, to_yaml
@@ -16,7 +19,7 @@ from train.settings import TokenizerRun
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
-from contenders import Codec, perceptual_loss_of
+from contenders import Codec, SavedTokenizer, perceptual_loss_of
 
 SIDE, TOKEN = 20, "hf_right"
 
@@ -49,6 +52,21 @@ def published_story() -> list[str | None]:
 def test_the_hub_says_in_the_card_by_what_it_was_trained(tmp_path):
     with serve_hub(TOKEN) as hub:
         assert in_own_process(published_story, tmp_path, hub.url, token=TOKEN) == ["alex", "unknown", "unknown"]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_of_structured_tokens_every_code_of_every_codebook_is_counted_and_every_token_is_paid_for(name, tmp_path):
+    model = placed(tiny_config(quantizer=STRUCTURES[name]), images_of(0))
+    model.save_pretrained(tmp_path)
+    pictures = (images_of(1, 2, 3, SIDE, SIDE) * 255).byte()
+    saved = SavedTokenizer(str(tmp_path), torch.device("cpu"))
+    rebuilt = saved.reconstruct(0, pictures)
+    tokens = model.encode(pictures)
+    assert torch.equal(rebuilt, (model.decode(tokens) * 255).round().byte())
+    row, sizes = saved.row(saved.sums(), 2, SIDE), {"residual": 96, "grouped": 64, "grouped residual": 128}
+    assert row["bits_per_pixel"] == pytest.approx(tokens[0].numel() * 5 / SIDE**2)
+    assert row["tokens_per_code"] == tokens.numel() / sizes.get(name, 32)
+    assert row["changed_tokens"]["one picture at a time"] == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])

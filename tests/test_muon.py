@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tokenizer import QUANTIZERS
 from train.muon import MuonAdamW, orthogonalized
 from train.optimization import Trainee
 
@@ -85,3 +86,12 @@ def test_a_trainee_gives_muon_its_matrices_and_kernels_but_no_embedding_norm_or_
         ({"embedding.weight"}, False, 0.5),
         ({"linear.bias", "conv.bias", "norm.weight", "norm.bias"}, False, 0.0),
     ]
+
+
+@pytest.mark.parametrize("name", ["vq", "simvq", "gumbel_vq"])
+def test_a_trainee_lets_adamw_alone_move_a_quantizer_and_nothing_shrink_it(name):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), QUANTIZERS[name](4))
+    kernels, kept = Trainee(network, 0.1, (0.9, 0.99), weight_decay=0.5, orthogonal=True).groups()
+    assert (kernels["weight_decay"], kernels["orthogonal"], len(kernels["params"])) == (0.5, True, 1)
+    assert (kept["weight_decay"], kept["orthogonal"]) == (0.0, False)
+    assert {id(each) for each in kept["params"]} == {id(each) for each in network[1].parameters()}

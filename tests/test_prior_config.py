@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -29,14 +31,24 @@ def test_a_tuple_becomes_a_list_as_json_gives_it_back():
     assert PriorConfig(vocab_size=16, grid_size=(4, 4)) == PriorConfig(vocab_size=16, grid_size=[4, 4])
 
 
+def test_a_config_of_the_first_version_has_a_single_grid_and_codebook_and_the_identity_that_it_had():
+    values = asdict(PriorConfig(**GIVEN))
+    first = {key: value for key, value in values.items() if key not in ("num_codebooks", "coarser_grids")}
+    assert PriorConfig.from_dict(first, 1, "here") == PriorConfig(**GIVEN)
+    assert PriorConfig(**GIVEN).identity() == first
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"vocab_size": 1}, "vocab_size=1 must be at least 2"),
+        ({"vocab_size": 2**20 + 1}, "vocab_size=1048577 must be at most 1048576: .*; use a tokenizer of fewer codes"),
         ({"vocab_size": 16.5}, "vocab_size=16.5 must be of type int"),
         ({"grid_size": [4]}, r"grid_size=\[4\] must be \[h, w\]"),
         ({"grid_size": [4, 0]}, r"grid_size=\[4, 0\] must be \[h, w\]"),
         ({"grid_size": 4}, "grid_size=4 must be of type list"),
+        ({"num_codebooks": 0}, "num_codebooks=0 must be at least 1"),
+        ({"coarser_grids": [[1, 0]]}, r"coarser_grids=\[\[1, 0\]\] must be a list of \[h, w\]"),
         ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"num_heads": 0}, "num_heads=0 must be at least 1"),

@@ -24,6 +24,7 @@ from train.settings import TokenizerRun
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
+import contenders
 import tables
 from comparison_sheet import drawn
 from contenders import SavedTokenizer
@@ -324,3 +325,19 @@ def test_the_table_has_a_line_for_each_tokenizer_and_for_the_codecs_at_its_bits(
         f"| JPEG at those bits | 0.500 | - | - | - {pictures}",
         f"| WEBP at those bits | 0.500 | 25.00 | 0.1000 (squeeze) | - {pictures}",
     ]
+
+
+def test_codes_too_many_for_a_usage_are_counted_in_the_first_pictures_alone_whoever_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "TOKENS_WITHOUT_USAGE", 5 * 100 + 99)  # five pictures of 100 tokens
+    torch.manual_seed(0)
+    path = str(tmp_path / "huge")
+    ImageTokenizer(tiny_config(codebook_dim=36, quantizer={"name": "lfq"})).save_pretrained(path, card())
+    pictures = torch.randint(256, (8, 3, SIDE, SIDE), dtype=torch.uint8)
+    one, first, second = (SavedTokenizer(path, CPU) for _ in range(3))
+    for reader, start in [(one, 0), (one, 4), (first, 0), (second, 4)]:
+        reader.reconstruct(start, pictures[start : start + 4])
+    both = first.sums()["counts"] + second.sums()["counts"]
+    for sums in (one.sums(), one.sums() | {"counts": both}):
+        row = one.row(sums, 8, SIDE)
+        assert (row["num_tokens"], row["codes_seen"]) == (500, len(one.tokenizer.encode(pictures[:5]).unique()))
+        assert "usage" not in row

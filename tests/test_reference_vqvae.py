@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import picture
 
 from train.config import UserError, parse
 
@@ -16,27 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program l
 import reference_vqvae
 import tables
 from recording import num_parameters
-from reference_vqvae import (
-    ReferenceQuantizer,
-    ReferenceRun,
-    ReferenceVQVAE,
-    batches,
-    folder_name,
-    main,
-    measured,
-    summaries,
-)
-
-TINY_PRESET = {
-    "image_size": 32,
-    "steps": 2,
-    "batch_size": 4,
-    "num_workers": 0,
-    "model": {
-        "autoencoder": {"name": "convolutional", "base_channels": 8, "latent_channels": 8},
-        "quantizer": {"name": "ema_vq", "codebook_size": 16},
-    },
-}
+from reference_vqvae import ReferenceQuantizer, ReferenceRun, ReferenceVQVAE, batches, main
+from trained_tokenizers import folder_name
 
 
 def test_the_network_has_the_published_sizes():
@@ -92,45 +71,13 @@ def test_each_epoch_takes_every_picture_once_in_a_new_order():
     assert not torch.equal(first, second)
 
 
-def test_the_error_is_that_of_clamped_pictures_over_the_variance():
-    pictures = torch.full((3, 3, 32, 32), 51, dtype=torch.uint8)  # 0.2
-    tokens = torch.arange(64).view(1, 8, 8).expand(3, 8, 8)
-    figures = measured(lambda images: (images - 0.6, tokens[: len(images)]), pictures, 0.5, 128)
-    assert figures["test_nmse"] == pytest.approx(0.2**2 / 0.5)  # not 0.6: -0.4 is clamped to 0
-    assert figures["test_psnr"] == pytest.approx(13.979, abs=1e-3)
-    assert (figures["usage"], figures["perplexity"]) == pytest.approx((0.5, 64))
-    assert (figures["bits_per_image"], figures["tokens_per_code"]) == (64 * 7, 1.5)
-
-
-def test_a_summary_states_the_share_under_the_first_and_the_spread():
-    rows = {"reference": [{"test_nmse": 0.05}, {"test_nmse": 0.07}], "ours": [{"test_nmse": 0.045}]}
-    reference, ours = summaries(rows)
-    assert reference["test_nmse"] == pytest.approx(0.06)
-    assert reference["deviation"] == pytest.approx(0.0141421, abs=1e-6)
-    assert ours["under_the_first"] == pytest.approx(0.25)
-    assert ours["deviation"] is None
-
-
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> Path:
-    """A folder of 40 training and 8 test pictures of 32 pixels."""
-    folder = tmp_path_factory.mktemp("colours")
-    for split, count in (("train", 40), ("test", 8)):
-        (folder / split).mkdir()
-        for index in range(count):
-            picture(index, 32, 32).save(folder / split / f"{index:02d}.png")
-    return folder
-
-
 def arguments(data: Path, model: str, steps: int) -> ReferenceRun:
     settings = [f"data={data}", "named=org/colours", f'models=["{model}"]', "seeds=[3]", f"steps={steps}"]
     return parse(ReferenceRun, [*settings, "speed.threads=1"])
 
 
-def test_the_comparison_trains_each_model_once_and_records_all_of_them(colours, tmp_path, monkeypatch):
-    preset = tmp_path / "tiny.yaml"
-    preset.write_text(yaml.safe_dump(TINY_PRESET))
-    model = f"{preset} learning_rate=0.002"
+def test_the_comparison_trains_each_model_once_and_records_all_of_them(colours, tiny_preset, tmp_path, monkeypatch):
+    model = f"{tiny_preset} learning_rate=0.002"
     main("colours", arguments(colours, model, steps=2), tmp_path)
     path = tmp_path / "benchmarks/results/reference_vqvae_colours.json"
     written = json.loads(path.read_text())

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from train.config import UserError, differences, help_text, parse, settings_of, to_yaml
-from train.settings import PriorRun, StoreRun, TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
 
 PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*/*.yaml"))
 
@@ -41,6 +41,29 @@ def test_another_choice_drops_the_hyperparameters_of_the_one_it_replaces(tmp_pat
     assert parse(TokenizerRun, [file, "model.quantizer.name=ema_vq"]).model.quantizer["decay"] == 0.9
 
 
+def test_a_quantizer_inside_another_is_chosen_and_set_like_the_outer_one(tmp_path, monkeypatch):
+    from tokenizer.quantizers import QUANTIZERS
+
+    class Other(QUANTIZERS["ema_vq"]):
+        def __init__(self, codebook_dim: int, codebook_size: int = 7):
+            super().__init__(codebook_dim, codebook_size)
+
+    monkeypatch.setitem(QUANTIZERS, "other", Other)
+    inner = parse(TokenizerRun, []).model.quantizer
+    file = preset(tmp_path, "model: {quantizer: {name: residual, depth: 3, each: {codebook_size: 64}}}\n")
+    for arguments, expected in [
+        ([], {"depth": 3, "each": inner | {"codebook_size": 64}}),
+        (["model.quantizer.each.decay=0.5"], {"depth": 3, "each": inner | {"codebook_size": 64, "decay": 0.5}}),
+        (["model.quantizer.each.name=ema_vq"], {"depth": 3, "each": inner | {"codebook_size": 64}}),
+        (["model.quantizer.each.name=other"], {"depth": 3, "each": {"name": "other", "codebook_size": 7}}),
+        (["model.quantizer.name=grouped"], {"groups": 2, "each": inner}),
+    ]:
+        config = parse(TokenizerRun, [file, *arguments])
+        assert expected.items() <= config.model.quantizer.items()
+        assert parse(TokenizerRun, [preset(tmp_path, to_yaml(config))]) == config
+        preset(tmp_path, "model: {quantizer: {name: residual, depth: 3, each: {codebook_size: 64}}}\n")
+
+
 def test_run_yaml_gives_the_same_settings_again(tmp_path):
     config = parse(TokenizerRun, ["steps=30", "data_options.flip=false", "model.resize=64", "loss.reconstruction=l1"])
     assert parse(TokenizerRun, [preset(tmp_path, to_yaml(config))]) == config
@@ -58,7 +81,7 @@ def test_help_prints_every_key_with_its_default_and_its_comment():
     assert end.value.code == 0
 
 
-@pytest.mark.parametrize("run", [TokenizerRun, StoreRun, PriorRun])
+@pytest.mark.parametrize("run", [TokenizerRun, VAERun, StoreRun, PriorRun])
 def test_every_setting_says_what_it_is(run):
     silent = [key for key, _, comment in settings_of(run) if not comment]
     assert not silent
@@ -78,6 +101,7 @@ def test_every_setting_says_what_it_is(run):
         (["learning_rate=0"], "learning_rate=0.0 must be above 0"),
         (["batch_size=0"], "batch_size=0 must be >= 1"),
         (["model.quantizer.decai=1"], "unknown key 'decai' in quantizer 'ema_vq'; did you mean 'decay'?"),
+        (["model.quantizer.name=residual", "model.quantizer.each.decai=1"], "in quantizer.each 'ema_vq'; did you mean"),
         (["model.codebook_dim=wide"], "model.codebook_dim: Value 'wide'"),
         (["push_to_hub=you/name"], "must come with card.license=... and card.data_license=..."),
     ],
@@ -87,6 +111,12 @@ def test_what_cannot_be_is_named(arguments, message):
         parse(TokenizerRun, arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_unquoted_no_is_a_word(tmp_path):
+    assert parse(TokenizerRun, ["mixed_precision=no"]).mixed_precision == "no"
+    assert parse(TokenizerRun, [preset(tmp_path, "mixed_precision: no")]).mixed_precision == "no"
+    assert parse(TokenizerRun, ["data_options.flip=no"]).data_options.flip is False
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "steps: [1\n"])

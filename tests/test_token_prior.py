@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
-from test_token_store import write_store
 from torch.utils.checkpoint import checkpoint
 
 from prior import AutoregressivePrior, transformer
@@ -30,7 +29,7 @@ from train.encode_dataset import encode_dataset
 from train.likelihood import Grids, Judge, UnigramCode, entropy
 from train.settings import PriorRun, StoreRun
 from train.token_prior import main, warn_of_overfitting
-from train.token_store import StoreStamp, TokenStore
+from train.token_store import TokenStore
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -299,15 +298,6 @@ def test_a_store_with_an_empty_split_is_refused(made, tmp_path, empty):
         train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
 
 
-def test_a_store_of_several_grids_a_picture_is_refused(made, tmp_path):
-    stamp = StoreStamp(ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint, None, 32, [[1, 1], [4, 4]],
-                       17, 8, 3, None)  # fmt: skip
-    grids = np.zeros((4, 17), dtype=int)
-    write_store(tmp_path / "tokens", {"train": [grids], "validation": [grids]}, stamp)
-    with pytest.raises(UserError, match=r"17 tokens on grids \[\[1, 1\], \[4, 4\]\], .*a single codebook and scale"):
-        train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
-
-
 @pytest.fixture
 def stopped(made, tmp_path) -> Path:
     """A folder of its own with a run that stopped before its end."""
@@ -443,3 +433,12 @@ def test_settings_that_follow_the_length_and_those_of_the_family():
     assert json.dumps(config.optimizer.__dict__)  # plain values
     assert (config.optimizer.beta2, config.optimizer.weight_decay) == (0.95, 0.05)
     assert parse(PriorRun, ["optimizer.max_grad_norm=2"]).optimizer.beta2 == 0.95
+
+
+def test_a_tokenizer_of_more_codes_than_a_prior_can_model_is_refused_before_a_store_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quantizer = {"name": "bsq"}
+    ImageTokenizer(tiny_config(codebook_dim=36, quantizer=quantizer)).save_pretrained(tmp_path / "huge")
+    with pytest.raises(UserError, match="tokenizer=huge: vocab_size=68719476736 must be at most 1048576"):
+        main(parse(PriorRun, ["tokenizer=huge", "output_dir=run"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["huge"]

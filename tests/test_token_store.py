@@ -112,6 +112,39 @@ def test_pyarrow_alone_reads_a_shard(folder):
     assert json.loads(table.schema.metadata[b"tokengrid"])["tokenizer_fingerprint"] == STAMP.tokenizer_fingerprint
 
 
+@pytest.mark.parametrize(
+    ("stamp", "shape", "said"),
+    [
+        (STAMP, (2, 3), "grids of 2 x 3\n"),
+        (replace(STAMP, num_codebooks=4, tokens_per_image=24), (2, 3, 4), "grids of 2 x 3 with 4 tokens a place\n"),
+        (replace(STAMP, grids=[[1, 1], [2, 3]], tokens_per_image=7), (7,), "grids of 1 x 1, 2 x 3\n"),
+    ],
+)
+def test_a_store_knows_the_shape_of_its_tokens_and_says_it(tmp_path, stamp, shape, said):
+    tokens = grids(3, stamp)
+    store = TokenStore.open(write_store(tmp_path / "store", {"train": [tokens]}, stamp))
+    assert store.stamp == stamp
+    assert store.stamp.token_shape == shape
+    assert np.array_equal(store.rows("train")[:]["tokens"], tokens)
+    assert said in (tmp_path / "store" / CARD_NAME).read_text()
+
+
+def test_a_store_of_the_first_version_has_one_codebook_and_is_read_as_ever(folder):
+    def older(values: dict[str, Any]) -> dict[str, Any]:
+        return without(values, "num_codebooks") | {"format_version": 1}
+
+    rewrite_index(older)(folder)
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        stamp = json.dumps(older(json.loads(table.schema.metadata[b"tokengrid"]))).encode()
+        counts = pq.read_metadata(path).metadata[b"tokengrid_shard"]
+        pq.write_table(
+            table.replace_schema_metadata(table.schema.metadata | {b"tokengrid": stamp, b"tokengrid_shard": counts}),
+            path,
+        )
+    assert TokenStore.open(folder).stamp == STAMP
+
+
 def test_data_without_classes_keeps_minus_one(tmp_path):
     stamp = replace(STAMP, class_names=None)
     write_shard(tmp_path / "train-00000-of-00001.parquet", grids(2), stamp, [-1, -1])
@@ -128,7 +161,7 @@ def test_the_smallest_unsigned_type_holds_every_token(vocab_size):
     assert kind.itemsize == 1 or vocab_size > 2 ** (4 * kind.itemsize)
 
 
-@pytest.mark.parametrize("vocab_size", [256, 257, 65_537])
+@pytest.mark.parametrize("vocab_size", [256, 257, 65_537, 2**62])
 def test_the_highest_token_survives_in_every_type(tmp_path, vocab_size):
     stamp = replace(STAMP, vocab_size=vocab_size)
     tokens = np.full((2, 6), vocab_size - 1)
@@ -221,12 +254,15 @@ def shard_of_another_plan(folder: Path) -> None:
 BROKEN = [
     (remove(INDEX_NAME), FileNotFoundError, "has no tokens.json; pass the folder of a token store"),
     (unfinished, FileNotFoundError, "unfinished token store; `accelerate launch train/encode_dataset.py .*run.yaml"),
-    (rewrite_index(lambda index: index | {"format_version": 2}), ValueError, "format_version 2 .*upgrade"),
+    (rewrite_index(lambda index: index | {"format_version": 3}), ValueError, "format_version 3 .*upgrade"),
     (rewrite_index(lambda index: without(index, "format_version")), ValueError, "format_version None"),
     (rewrite_index(lambda index: without(index, "grids")), ValueError, "lacks grids"),
     (rewrite_index(lambda index: index | {"gridz": []}), ValueError, "'gridz' .*did you mean 'grids'"),
     (rewrite_index(lambda index: index | {"vocab_size": "9"}), ValueError, "vocab_size='9' must be of type int"),
-    (rewrite_index(lambda index: index | {"grids": [[3, 3]]}), ValueError, r"tokens_per_image=6 .*\[\[3, 3\]\]"),
+    (rewrite_index(lambda index: index | {"grids": [[3, 3]]}), ValueError, "tokens_per_image=6 .* grids of 3 x 3"),
+    (rewrite_index(lambda index: without(index, "num_codebooks")), ValueError, "lacks num_codebooks"),
+    (rewrite_index(lambda index: index | {"num_codebooks": 0}), ValueError, "num_codebooks=0 must be at least 1"),
+    (rewrite_index(lambda index: index | {"num_codebooks": 2}), ValueError, "of 2 x 3 with 2 tokens a place"),
     (rewrite_index(lambda index: ["no mapping"]), ValueError, "does not describe a token store"),
     (lambda folder: (folder / INDEX_NAME).write_text("{"), ValueError, "does not describe a token store"),
     (rewrite_index(lambda index: index | {"num_rows": {"train": 8, "validation": 3}}), ValueError, "9 train rows .*8"),

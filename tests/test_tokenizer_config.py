@@ -9,17 +9,19 @@ from conftest import tiny_config
 
 from tokenizer import QUANTIZERS, ImageTokenizer, TokenizerConfig
 from tokenizer.autoencoder import AUTOENCODERS
-from tokenizer.config import hyperparameters
+from tokenizer.choices import complete, hyperparameters
 
 
 @pytest.mark.parametrize(("part", "table"), [("autoencoder", AUTOENCODERS), ("quantizer", QUANTIZERS)])
 def test_a_part_is_completed_from_the_signature_of_its_class(part, table):
     for name, choice in table.items():
         completed = getattr(TokenizerConfig(**{part: {"name": name}}), part)
-        signature = inspect.signature(choice).parameters.values()
-        defaults = {each.name: each.default for each in signature if each.default is not each.empty}
+        given = inspect.signature(choice).parameters.values()
+        settable = [each for each in given if each.default is not each.empty and each.kind is not each.KEYWORD_ONLY]
+        defaults = {each.name: each.default for each in settable}
         assert list(completed) == ["name", *defaults]
-        assert completed == {"name": name} | json.loads(json.dumps(defaults))
+        parts = {key: complete(part, each, table) for key, each in defaults.items() if isinstance(each, dict)}
+        assert completed == {"name": name} | json.loads(json.dumps(defaults)) | parts
 
 
 def test_every_hyperparameter_of_every_choice_has_a_type():
@@ -32,6 +34,30 @@ def test_what_is_given_stays_and_the_rest_is_filled_in():
     config = TokenizerConfig(quantizer={"name": "ema_vq", "codebook_size": 77})
     assert config.quantizer["codebook_size"] == 77
     assert config.quantizer["decay"] == TokenizerConfig().quantizer["decay"]
+
+
+def test_a_quantizer_inside_another_is_completed_too_by_default_that_of_the_signature():
+    config = TokenizerConfig(quantizer={"name": "residual", "each": {"codebook_size": 77}})
+    assert config.quantizer["each"] == TokenizerConfig().quantizer | {"codebook_size": 77}
+    assert config.quantizer["depth"] == 4
+    inner = {"name": "residual", "each": {"name": "ema_vq", "decay": 0.5}}
+    grouped = TokenizerConfig(quantizer={"name": "grouped", "each": inner})
+    assert grouped.quantizer["each"]["each"] == TokenizerConfig().quantizer | {"decay": 0.5}
+    assert TokenizerConfig(**json.loads(json.dumps(asdict(grouped)))) == grouped
+
+
+def test_a_saved_config_is_complete_and_its_later_keys_are_filled_in_inside_a_quantizer_too(monkeypatch):
+    values = asdict(TokenizerConfig(quantizer={"name": "residual"}))
+    del values["quantizer"]["each"]["decay"]
+    with pytest.raises(ValueError, match="here lacks quantizer.each.decay; a saved config is complete"):
+        TokenizerConfig.from_dict(values, TokenizerConfig.format_version, "here")
+    version = TokenizerConfig.format_version
+    monkeypatch.setattr(TokenizerConfig, "format_version", version + 1)
+    monkeypatch.setattr(TokenizerConfig, "later_keys", {"quantizer.ema_vq.decay": (version + 1, 0.5)})
+    older = TokenizerConfig.from_dict(values, version, "here")
+    assert older.quantizer["each"]["decay"] == 0.5
+    assert older.identity() == TokenizerConfig(**values | {"quantizer": older.quantizer}).identity()
+    assert "decay" not in older.identity()["quantizer"]["each"]
 
 
 def test_a_model_is_built_with_exactly_what_its_config_says():
@@ -85,6 +111,12 @@ def test_the_config_does_not_share_what_it_was_given():
             {"autoencoder": {"name": "convolutional", "image_channels": 1}},
             "unknown key 'image_channels' in autoencoder",
         ),
+        (
+            {"quantizer": {"name": "residual", "each": {"name": "ema_vq", "decai": 8}}},
+            "'decai' in quantizer.each 'ema_vq'; did you mean 'decay'",
+        ),
+        ({"quantizer": {"name": "residual", "each": {"name": "vvq"}}}, "quantizer.each.name='vvq' must be one of"),
+        ({"quantizer": {"name": "residual", "each": "ema_vq"}}, "quantizer.each='ema_vq' must be of type dict"),
         ({"quantizer": {"name": "fsqq"}}, "quantizer.name='fsqq' must be one of .*ema_vq"),
         ({"quantizer": {"name": ["ema_vq"]}}, r"quantizer.name=\['ema_vq'\] must be one of .*ema_vq"),
         ({"quantizer": {"codebook_size": 8}}, "quantizer.name=None must be one of .*ema_vq"),

@@ -3,22 +3,26 @@
 import itertools
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import picture
 from hub_server import serve_hub
 from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
 
-from tokenizer import ImageTokenizer
+from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import RunFolder
 from train.config import RunError, launch, parse
+from train.evaluation import TokenizerExaminer
+from train.losses import ReconstructionLoss
 from train.optimization import learning_rate
 from train.settings import TokenizerRun
-from train.vqvae import main, warn_of_collapse
+from train.vqvae import main
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -46,10 +50,12 @@ def command(folder: str, output: Path, *settings: str, launcher: tuple[str, ...]
     return [sys.executable, *launcher, PROGRAM, *TINY, f"data={folder}", f"output_dir={output}", *settings]
 
 
-def train_here(folder: str, output: Path, *settings: str) -> dict[str, torch.Tensor]:
+def train_here(
+    folder: str, output: Path, *settings: str, run: type = TokenizerRun, tiny: list[str] = TINY
+) -> dict[str, torch.Tensor]:
     """A run in this process; the exported tensors."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    main(parse(TokenizerRun, [*TINY, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
+    main(parse(run, [*tiny, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
     return load_file(output / "model.safetensors")
 
 
@@ -246,9 +252,11 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
     assert_resumes_to_the_bit(str(tmp_path / "data"), ["streaming=true", "num_workers=2"], tmp_path, monkeypatch)
 
 
-def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, monkeypatch) -> None:
+def assert_resumes_to_the_bit(
+    folder: str, settings: list[str], tmp_path: Path, monkeypatch, train: Callable[..., object] = train_here
+) -> None:
     """Interrupt a run in this process right after a checkpoint, mid-epoch, and compare it with an undisturbed one."""
-    train_here(folder, tmp_path / "whole", *settings)
+    train(folder, tmp_path / "whole", *settings)
     save = RunFolder.save
 
     def save_and_end(self, accelerator, step, kept):
@@ -258,8 +266,8 @@ def assert_resumes_to_the_bit(folder: str, settings: list[str], tmp_path: Path, 
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(RunFolder, "save", save_and_end)
-        train_here(folder, tmp_path / "parts", *settings)
-    train_here(folder, tmp_path / "parts", *settings)
+        train(folder, tmp_path / "parts", *settings)
+    train(folder, tmp_path / "parts", *settings)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -302,11 +310,12 @@ def test_a_run_that_only_skips_ends(picture_folder, tmp_path, monkeypatch):
 
 
 def test_collapse_is_warned_of(caplog):
-    config = TokenizerRun(steps=100)
-    warn_of_collapse(100, {"usage": 0.9}, config)
-    warn_of_collapse(10, {"usage": 0.1}, config)
+    model, config = ImageTokenizer(TokenizerConfig()), TokenizerRun(steps=100)
+    examiner = TokenizerExaminer(model, ReconstructionLoss(config.loss), config, Accelerator(cpu=True), None, [])
+    examiner.warn(100, {"usage": 0.9})
+    examiner.warn(10, {"usage": 0.1})
     assert not caplog.text
-    warn_of_collapse(50, {"usage": 0.1}, config)
+    examiner.warn(50, {"usage": 0.1})
     assert "only 10% of the codes are in use" in caplog.text
 
 

@@ -110,7 +110,7 @@ def output_head(channels: int, out_channels: int, norm_groups: int) -> nn.Sequen
 
 
 class ConvolutionalAutoencoder(nn.Module):
-    """`encoder` (B, C, H, W) -> (B, D, h, w) and `decoder` (B, D, h, w) -> (B, C, H, W).
+    """`encoder` (B, C, H, W) -> (B, num_moments * D, h, w) and `decoder` (B, D, h, w) -> (B, C, H, W).
 
     With `patch_size=1, base_channels=128, channel_multipliers=[1, 1, 2, 2, 4], num_res_blocks=2, attention_levels=[4],
     middle_attention=True, latent_channels=256, norm_groups=32` this is taming's f16 VQGAN (its `attn_resolutions=[16]`
@@ -130,6 +130,8 @@ class ConvolutionalAutoencoder(nn.Module):
         latent_channels: int = 64,  # between the 3x3 convolutions and the 1x1 projections to and from codebook_dim
         norm_groups: int = 0,  # 32 in VQGAN; 0 builds no normalisation
         dropout: float = 0.0,  # in the residual blocks
+        *,
+        num_moments: int = 1,  # numbers that the encoder gives for each component of a latent; no setting of a config
     ):
         super().__init__()
         check_counts(
@@ -155,7 +157,7 @@ class ConvolutionalAutoencoder(nn.Module):
             channels = width
         encoder["middle"] = middle(channels, middle_attention, **options)
         encoder["head"] = output_head(channels, latent_channels, norm_groups)
-        encoder["to_codes"] = nn.Conv2d(latent_channels, codebook_dim, 1)
+        encoder["to_codes"] = nn.Conv2d(latent_channels, num_moments * codebook_dim, 1)
         self.encoder = nn.Sequential(OrderedDict(encoder))
 
         decoder: dict[str, nn.Module] = {"from_codes": nn.Conv2d(codebook_dim, latent_channels, 1)}

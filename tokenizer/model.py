@@ -1,32 +1,28 @@
 """ImageTokenizer: images -> token grids -> images.
 
 Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h w grid sides (H / downsample_factor).
+Tokens are (B, h, w), (B, h, w, q) or (B, L), as tokens.py says.
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .autoencoder import AUTOENCODERS
-from .config import TokenizerConfig, build
-from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
-from .pretrained import PretrainedModel
-from .quantizers import QUANTIZERS
-
-INTEGER_TYPES = (
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
+from .choices import build
+from .config import TokenizerConfig
+from .image_model import ImageModel
+from .images import Images
+from .quantizers import QUANTIZERS, Quantizer
+from .tokens import checked_tokens, grid_of, num_places, rule_of, token_shape
 
 USAGE = """
 from PIL import Image
 from tokenizer import ImageTokenizer
 
 tokenizer = ImageTokenizer.from_pretrained("{source}")
-tokens = tokenizer.encode(Image.open("picture.jpg"))  # int64 (1, h, w)
+tokens = tokenizer.encode(Image.open("picture.jpg")RESIZE)  # int64 SHAPE
 pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 """
 
@@ -34,91 +30,67 @@ pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
 @dataclass
 class TokenizerOutput:
     reconstructions: Tensor  # (B, C, H, W) float32 on the [0, 1] scale, not clamped
-    tokens: Tensor  # (B, h, w) int64 in [0, vocab_size)
+    tokens: Tensor  # (B, h, w), (B, h, w, q) or (B, L), int64 in [0, vocab_size)
     losses: dict[str, Tensor]  # named scalars of the quantizer, already weighted
 
 
-class ImageTokenizer(PretrainedModel):
+class ImageTokenizer(ImageModel):
     """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): encoder, quantizer and decoder, chosen by the config."""
 
     config_class = TokenizerConfig
     card_caption = "originals above, reconstructions below"
     card_tags: ClassVar[list[str]] = ["image-tokenizer", "vq-vae", "vector-quantization"]
-    card_usage = USAGE
 
     def __init__(self, config: TokenizerConfig):
-        super().__init__(config)
-        self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, config.codebook_dim)
+        super().__init__(config, config.codebook_dim)
         self.quantizer = build(QUANTIZERS, config.quantizer, config.codebook_dim)
-        if config.resize is not None:
-            self.check_resize(config.resize)
+
+    @property
+    def bottleneck(self) -> Quantizer:
+        return self.quantizer
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
-        if not images.is_floating_point():
-            raise ValueError(f"images of {images.dtype}; forward takes floats in [0, 1]: divide by 255, or call encode")
-        check_shape(images.shape, self.config.image_channels, self.downsample_factor)
+        self.check_forward(images)
         quantized = self.quantizer(self.encode_latents(images))
         reconstructions = self.decode_latents(quantized.quantized)
         return TokenizerOutput(reconstructions, quantized.indices, quantized.losses)
 
     @torch.no_grad()
     def encode(self, images: Images, resize: int | Literal["config"] | None = "config") -> Tensor:
-        """Images to tokens (B, h, w) int64 in [0, vocab_size), row-major, on the model's device.
+        """Images to tokens int64 in [0, vocab_size), on the model's device.
+
+        They are (B, h, w), row-major; (B, h, w, q) with q codebooks at each place; (B, L) where the grids differ in
+        size, one after another as `grids` lists them.
 
         Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
         (B, C, H, W), uint8 or float in [0, 1]. PIL images are prepared as the config's `resize` says, or as the
         argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
         the factor. Arrays and tensors are never resized. Raises ValueError for anything else.
         """
-        if resize == "config":
-            resize = self.config.resize
-        if resize is not None:
-            self.check_resize(resize)
-        batch = to_batch(images, self.config.image_channels, self.downsample_factor, resize)
+        batch = self.prepared(images, resize)
         with self.evaluating():
-            return self.quantizer(self.encode_latents(batch.to(self.device))).indices
+            return self.quantizer(self.encode_latents(batch)).indices
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w), or (h, w) for one picture, to float32 images (B, C, H, W) in [0, 1].
+    def decode(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Tokens as `encode` gives them, or those of one picture, to float32 images (B, C, H, W) in [0, 1].
 
-        Raises ValueError for tokens that are not integers or lie outside [0, vocab_size).
+        `image_size` (H, W) in pixels, or the side of a square, is needed for tokens (B, L) of pictures that are no
+        squares. From coarse to fine a part decodes too: the first codebooks (B, h, w, k), or with `image_size` the
+        first scales. Raises ValueError for tokens that are not integers, lie outside [0, vocab_size) or are no grid.
         """
         with self.evaluating():
-            return self.decode_latents(self.tokens_to_codes(tokens)).clamp(0, 1)
+            return self.decode_latents(self.tokens_to_codes(tokens, image_size)).clamp(0, 1)
 
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Float images (B, C, H, W) in [0, 1] to latents (B, D, h, w), before the quantizer.
-
-        In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
-        token in about 5000 would depend on the pictures beside it.
-        """
-        at_once = len(images) if self.training or images.device.type != "cpu" else 1
-        pixels = (to_model_range(part.float()) for part in images.split(at_once))  # float32: bfloat16 rounds once
-        return torch.cat([self.autoencoder.encoder(self.laid_out(part)) for part in pixels])
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
-        return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
-
-    def laid_out(self, features: Tensor) -> Tensor:
-        """In the type of the weights and in one memory layout: convolutions round differently in another."""
-        return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
-
-    def tokens_to_codes(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w), or (h, w) for one picture, to codes (B, D, h, w) float32; ValueError as in `decode`."""
-        if not isinstance(tokens, Tensor) or tokens.dtype not in INTEGER_TYPES:
-            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens of {kind}; the rule is an integer tensor (B, h, w), as encode returns it")
-        if tokens.ndim not in (2, 3) or tokens.numel() == 0:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}; the rule is (B, h, w) or (h, w), none of them 0")
-        tokens = tokens.to(torch.int64)
-        low, high = (value.item() for value in torch.aminmax(tokens))
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"tokens run from {low} to {high}; they must lie in [0, {self.vocab_size})")
-        grid = tokens if tokens.ndim == 3 else tokens[None]
-        return self.quantizer.indices_to_codes(grid.to(self.device))
+    def tokens_to_codes(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Tokens to codes (B, D, h, w) float32; arguments and ValueError as in `decode`."""
+        tokens = checked_tokens(tokens, self.quantizer)
+        given = None if image_size is None else self.grid_size(image_size)
+        grid_size = grid_of(tokens, self.quantizer, given)
+        if self.quantizer.multiscale:
+            return self.quantizer.indices_to_codes(tokens.to(self.device), grid_size)
+        return self.quantizer.indices_to_codes(tokens.to(self.device))
 
     @property
     def vocab_size(self) -> int:
@@ -126,56 +98,24 @@ class ImageTokenizer(PretrainedModel):
         return self.quantizer.vocab_size
 
     @property
-    def downsample_factor(self) -> int:
-        """Pixels of an image side per token."""
-        return self.autoencoder.downsample_factor
-
-    def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
-        height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size
-        factor = self.downsample_factor
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(
-                f"image_size={image_size} must be a positive multiple of downsample_factor={factor}; the nearest "
-                f"height is {nearest_multiples(height, factor)}, the nearest width {nearest_multiples(width, factor)}"
-            )
-        return height // factor, width // factor
-
-    def check_resize(self, resize: int) -> None:
-        """Raise ValueError unless `resize` is a side in pixels that the factor divides."""
-        factor = self.downsample_factor
-        if not isinstance(resize, Integral) or resize < 1 or resize % factor:
-            raise ValueError(
-                f"resize={resize!r} must be a side in pixels, a positive multiple of downsample_factor={factor}, "
-                f"or None to keep the size"
-            )
+    def num_codebooks(self) -> int:
+        """Tokens at each place of a grid; above 1 they are the last axis."""
+        return self.quantizer.num_codebooks
 
     def grids(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """The (h, w) of each grid of tokens in order; one for a quantizer with a single scale."""
-        return [self.grid_size(image_size)]
+        return self.quantizer.grids(*self.grid_size(image_size))
 
     def tokens_per_image(self, image_size: int | tuple[int, int]) -> int:
         """Number of tokens of an image of (H, W) pixels, or of a square one."""
-        return sum(height * width for height, width in self.grids(image_size))
+        return num_places(self.quantizer, self.grid_size(image_size)) * self.num_codebooks
+
+    def token_shape(self, image_size: int | tuple[int, int]) -> tuple[int, ...]:
+        """The shape of the tokens of one image of (H, W) pixels, or of a square one: (h, w), (h, w, q) or (L,)."""
+        return token_shape(self.quantizer, self.grid_size(image_size))
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) over config and float32 weights of what makes tokens: preprocessing, encoder, quantizer.
-
-        Two tokenizers with one fingerprint read the same tokens from the same images; token stores and priors carry it.
-        """
-        return self.hash_of(self.config.identity(), self.weights(of_decoder=False))
-
-    @property
-    def decoder_fingerprint(self) -> str:
-        """sha256 (hex) over config and float32 weights of the decoder, which may be fine-tuned under fixed tokens."""
-        return self.hash_of({"autoencoder": self.config.identity()["autoencoder"]}, self.weights(of_decoder=True))
-
-    def weights(self, of_decoder: bool) -> dict[str, Tensor]:
-        """The tensors of the decoder, or those of everything else."""
-        tensors = self.state_dict()
-        return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def card_usage(self) -> str:
+        # Of a square, since from tokens (B, L) alone no other size can be told.
+        square = f", resize={16 * self.downsample_factor}" if self.quantizer.multiscale else ""
+        return USAGE.replace("RESIZE", square).replace("SHAPE", rule_of(self.quantizer).replace("B", "1"))

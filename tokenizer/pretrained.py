@@ -96,8 +96,8 @@ class PretrainedConfig:
             )
         values = json.loads(json.dumps(values))  # filled in below, the caller's stays as it is
         for path, (added_in, value) in cls.later_keys.items():
-            holder, key = holder_of(values, path)
-            if holder is not None and format_version < added_in:
+            holders, key = holders_of(values, path)
+            for holder in holders if format_version < added_in else ():
                 holder.setdefault(key, value)
         known = [part.name for part in fields(cls)]
         for key in values:
@@ -109,8 +109,7 @@ class PretrainedConfig:
                 config = cls(**values)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            complete = {key: value for key, value in asdict(config).items() if isinstance(value, dict)}
-            missing = [f"{key}.{inner}" for key in complete for inner in complete[key] if inner not in values[key]]
+            missing = lacking(values, asdict(config))
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}; a saved config is complete: restore or re-export it")
         return config
@@ -119,20 +118,37 @@ class PretrainedConfig:
         """The values that tell models apart, the same in every format version that can express the model."""
         values = asdict(self)
         for path, (_, value) in self.later_keys.items():
-            holder, key = holder_of(values, path)
-            if holder is not None and holder.get(key) == value:
-                del holder[key]
+            holders, key = holders_of(values, path)
+            for holder in holders:
+                if holder.get(key) == value:
+                    del holder[key]
         return values
 
 
-def holder_of(values: dict[str, Any], path: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping that holds the key of a `later_keys` path, or None where another choice of the table was made."""
+def holders_of(values: dict[str, Any], path: str) -> tuple[list[dict[str, Any]], str]:
+    """The mappings that hold the key of a `later_keys` path: the choices of that name, inside one another too."""
     *outer, key = path.split(".")
     if not outer:
-        return values, key
+        return [values], key
     table, name = outer
-    holder = values.get(table)
-    return (holder if isinstance(holder, dict) and holder.get("name") == name else None), key
+    found, inside = [], [values.get(table)]
+    while inside:
+        mapping = inside.pop()
+        if isinstance(mapping, dict):
+            inside += mapping.values()
+            found += [mapping] if mapping.get("name") == name else []
+    return found, key
+
+
+def lacking(values: dict[str, Any], complete: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a complete mapping, at any depth, that `values` lacks."""
+    missing = []
+    for key, value in complete.items():
+        if key not in values:
+            missing.append(f"{prefix}{key}")
+        elif isinstance(value, dict) and isinstance(values[key], dict):
+            missing += lacking(values[key], value, f"{prefix}{key}.")
+    return missing
 
 
 @dataclass

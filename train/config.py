@@ -10,17 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenizer import QUANTIZERS
+from tokenizer import POSTERIORS, QUANTIZERS
 from tokenizer.autoencoder import AUTOENCODERS
+from tokenizer.choices import complete
 from tokenizer.pretrained import unknown_key
 
-TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS}  # settings that name a class and its hyperparameters
+# Settings that name a class and its hyperparameters.
+TABLES = {"autoencoder": AUTOENCODERS, "quantizer": QUANTIZERS, "posterior": POSTERIORS}
 
 
 class UserError(Exception):
@@ -65,6 +67,7 @@ def parse(config_class: type, arguments: list[str]) -> Any:
             check_keys(config_class, layer, "")
             drop_replaced_choices(merged, layer)
             merged = OmegaConf.merge(merged, layer)
+            complete_choices(merged)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
@@ -87,7 +90,10 @@ def read_preset(path: str) -> dict[str, Any]:
 
 
 def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
-    """Raise ValueError for a key that no setting has; mappings such as model.quantizer check their own."""
+    """Raise ValueError for a key that no setting has; mappings such as model.quantizer check their own.
+
+    A false where the setting knows the word "no" becomes that word: YAML reads an unquoted no as false.
+    """
     hints = get_type_hints(config_class)
     for key, value in layer.items():
         if key not in hints:
@@ -96,14 +102,31 @@ def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix}{key}={value!r} must be given as {prefix}{key}.KEY=..., it is a group")
             check_keys(hints[key], value, f"{prefix}{key}.")
+        elif value is False and "no" in get_args(hints[key]):
+            layer[key] = "no"
 
 
 def drop_replaced_choices(merged: DictConfig, layer: dict[str, Any]) -> None:
     """Where a layer names another class of a table, drop the hyperparameters of the one that it replaces."""
     for part in TABLES:
-        chosen = (layer.get("model") or {}).get(part)
-        if isinstance(chosen, dict) and chosen.get("name", merged.model[part].name) != merged.model[part].name:
-            merged.model[part] = {"name": chosen["name"]}
+        given = (layer.get("model") or {}).get(part)
+        if isinstance(given, dict):
+            merged.model[part] = kept_under(OmegaConf.to_container(merged.model[part]), given)
+
+
+def kept_under(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a complete choice under what is merged over it: its name alone where that is another."""
+    if given.get("name", chosen["name"]) != chosen["name"]:
+        return {"name": given["name"]}
+    inside = {key for key in chosen if isinstance(chosen[key], dict) and isinstance(given.get(key), dict)}
+    return {key: kept_under(value, given[key]) if key in inside else value for key, value in chosen.items()}
+
+
+def complete_choices(merged: DictConfig) -> None:
+    """Fill in the hyperparameters of the classes named so far, so that the next layer can name others inside them."""
+    for part, table in TABLES.items():
+        if part in merged.get("model", {}):
+            merged.model[part] = complete(part, OmegaConf.to_container(merged.model[part]), table)
 
 
 def help_text(config_class: type) -> str:
@@ -117,15 +140,15 @@ def help_text(config_class: type) -> str:
     return "\n".join(lines)
 
 
-def settings_of(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def settings_of(config_class: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, comment) of every setting, groups and choices of a table opened up."""
     documented = [comments_in(each) for each in reversed(config_class.__mro__[:-1])]
     comments = {name: comment for each in documented for name, comment in each.items()}
-    defaults, hints = config_class(), get_type_hints(config_class)
+    defaults, hints = defaults or config_class(), get_type_hints(config_class)
     for part in fields(config_class):
         default = getattr(defaults, part.name)
         if is_dataclass(hints[part.name]):
-            yield from settings_of(hints[part.name], f"{prefix}{part.name}.")
+            yield from settings_of(hints[part.name], f"{prefix}{part.name}.", default)
         elif part.name in TABLES:
             table, inner = TABLES[part.name], comments_in(TABLES[part.name][default["name"]].__init__)
             inner["name"] = f"one of {', '.join(table)}"

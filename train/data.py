@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from tokenizer.images import convert, pil_to_tensor, prepare_pil, resize_short_side
 
 from .config import RunError
-from .settings import TokenizerRun
+from .settings import AutoencoderRun
 from .sources import ImageSource, Unreadable
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ Batches = Iterator[tuple[Tensor, list[Unreadable]]]  # crops uint8 (B, C, S, S),
 class CropMaker:
     """Training crops of one source: a picture prepared, cut at random, perhaps mirrored."""
 
-    def __init__(self, source: ImageSource, config: TokenizerRun):
+    def __init__(self, source: ImageSource, config: AutoencoderRun):
         self.source, self.size, self.flip = source, config.image_size, config.data_options.flip
         self.shuffle_colors = config.data_options.shuffle_colors
         self.channels, self.resize, self.seed = config.model.image_channels, config.model.resize, config.seed
@@ -75,7 +75,7 @@ def random_square(picture: Tensor, size: int, random: np.random.Generator) -> Te
 class MappedCrops(torch.utils.data.Dataset):
     """(epoch, index) -> (crop, the unreadable images met on the way); decoded pictures are kept while there is room."""
 
-    def __init__(self, source: ImageSource, config: TokenizerRun):
+    def __init__(self, source: ImageSource, config: AutoencoderRun):
         self.maker, self.rows = CropMaker(source, config), source.rows
         self.kept: dict[int, Tensor] = {}
         self.room = CACHE_BYTES
@@ -111,7 +111,7 @@ class StreamedCrops(torch.utils.data.IterableDataset):
     but not decoded them; images that were unreadable (`known_corrupt`) made no crop and do not count.
     """
 
-    def __init__(self, source: ImageSource, config: TokenizerRun, rank: int, skip: int, known_corrupt: set[str]):
+    def __init__(self, source: ImageSource, config: AutoencoderRun, rank: int, skip: int, known_corrupt: set[str]):
         self.maker, self.rows, self.rank, self.skip = CropMaker(source, config), source.rows, rank, skip
         self.buffer, self.known_corrupt = config.data_options.shuffle_buffer, known_corrupt
 
@@ -186,7 +186,7 @@ def holding_signals() -> Iterator[None]:
 
 
 def training_batches(
-    source: ImageSource, config: TokenizerRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
+    source: ImageSource, config: AutoencoderRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
 ) -> Batches:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
     if isinstance(source.rows, Dataset):
@@ -246,7 +246,7 @@ def placed(batches: Batches, accelerator: Accelerator) -> Batches:
 
 
 def evaluation_batches(
-    source: ImageSource, rows: list[dict[str, Any]], config: TokenizerRun, factor: int
+    source: ImageSource, rows: list[dict[str, Any]], config: AutoencoderRun, factor: int
 ) -> Iterator[Tensor]:
     """Whole validation pictures as `encode` prepares them, uint8 (B, C, H, W); neighbours of one size share a batch."""
     batch: list[Tensor] = []

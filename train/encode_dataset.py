@@ -306,6 +306,7 @@ def stamp_of(config: StoreRun, tokenizer: ImageTokenizer, class_names: list[str]
         image_size=config.image_size,
         image_channels=tokenizer.config.image_channels,
         class_names=class_names,
+        num_codebooks=tokenizer.num_codebooks,
     )
 
 

@@ -1,7 +1,7 @@
 """What tokens cost: bits per token under a prior, beside the codes that know less of them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,11 +76,11 @@ class UnigramCode:
         """Mean length of the code of tokens with these counts (V,), in bits."""
         return -(counts.double() / counts.sum() * self.probabilities.log2()).sum().item()
 
-    def draw(self, num_samples: int, grid_size: list[int], seed: int) -> Tensor:
-        """Grids (B, h, w) int64 of tokens that know nothing of each other."""
-        generator, (height, width) = torch.Generator().manual_seed(seed), grid_size
-        drawn = self.probabilities.multinomial(num_samples * height * width, replacement=True, generator=generator)
-        return drawn.view(num_samples, height, width)
+    def draw(self, num_samples: int, token_shape: Sequence[int], seed: int) -> Tensor:
+        """Tokens (B, *token_shape) int64 that know nothing of each other."""
+        generator, num_tokens = torch.Generator().manual_seed(seed), num_samples * math.prod(token_shape)
+        drawn = self.probabilities.multinomial(num_tokens, replacement=True, generator=generator)
+        return drawn.view(num_samples, *token_shape)
 
 
 def entropy(counts: Tensor) -> float:

@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from tokenizer import Quantizer
+
 from .checkpoint import RunFolder
 from .config import RunError, UserError
 from .muon import MuonAdamW
@@ -62,20 +64,26 @@ class Trainee:
     network: nn.Module  # without Accelerate's wrapping
     learning_rate: float  # highest, after the warm-up
     betas: tuple[float, float]
-    weight_decay: float = 0.0  # of matrices and kernels
-    orthogonal: bool = False  # Muon moves these, but for embeddings, in place of AdamW
+    weight_decay: float = 0.0  # of matrices and kernels, but for a quantizer's
+    orthogonal: bool = False  # Muon moves these, but for embeddings and quantizers, in place of AdamW
     model: nn.Module | None = None  # as Accelerate wraps it, once an Optimization has taken it on
     gradient_norm: Tensor | None = None  # of the last step, before clipping; None where no loss reached it
 
     def groups(self) -> list[dict[str, Any]]:
-        """Its parameters as groups of the optimizer: matrices and kernels, embeddings, biases and norms."""
-        weights = list(self.network.parameters())
-        embeddings = {id(each.weight) for each in self.network.modules() if isinstance(each, nn.Embedding)}
+        """Its parameters as groups of the optimizer: matrices and kernels, embeddings, and what nothing should shrink.
+
+        That is biases, norms, and all that belongs to a quantizer: codes lie where the latents are.
+        """
+        modules, weights = list(self.network.modules()), list(self.network.parameters())
+        embeddings = {id(each.weight) for each in modules if isinstance(each, nn.Embedding)}
+        codes = {id(weight) for each in modules if isinstance(each, Quantizer) for weight in each.parameters()}
+        kept = [weight for weight in weights if weight.ndim < 2 or id(weight) in codes]
+        decayed = [weight for weight in weights if weight.ndim > 1 and id(weight) not in codes]
         decay = {"weight_decay": self.weight_decay}
         groups = [
-            decay | {"params": [weight for weight in weights if weight.ndim > 1 and id(weight) not in embeddings]},
-            decay | {"params": [weight for weight in weights if id(weight) in embeddings], "orthogonal": False},
-            {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0, "orthogonal": False},
+            decay | {"params": [weight for weight in decayed if id(weight) not in embeddings]},
+            decay | {"params": [weight for weight in decayed if id(weight) in embeddings], "orthogonal": False},
+            {"params": kept, "weight_decay": 0.0, "orthogonal": False},
         ]
         return [{"betas": self.betas, "orthogonal": self.orthogonal} | group for group in groups if group["params"]]
 

@@ -18,8 +18,9 @@ from tokenizer.images import tensor_to_pil
 from tokenizer.metrics import perplexity, usage
 from tokenizer.pretrained import written_whole
 
+from .counting import LARGEST_WITH_USAGE, TOKENS_PER_CODE
+
 METRICS_NAME = "metrics.jsonl"
-TOKENS_PER_CODE = 20  # seen before a usage is stated
 PICTURE_WIDTH = 1600  # pixels, at most, of a sample picture
 SMALLEST_SHOWN = 128  # pixels; smaller samples are enlarged
 
@@ -69,7 +70,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 class UsageWindow:
-    """Usage and perplexity of the tokens of the last training batches, while the codebook moves."""
+    """Usage and perplexity of the tokens of the last training batches, while the codebook moves.
+
+    Of a vocabulary that is too large for a usage there are no figures: evaluations count what can be counted.
+    """
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -79,6 +83,8 @@ class UsageWindow:
 
     def add(self, tokens: Tensor) -> None:
         """Count a batch; each time there are enough tokens, the figures are made anew."""
+        if self.vocab_size > LARGEST_WITH_USAGE:
+            return
         counts = torch.bincount(tokens.flatten(), minlength=self.vocab_size)
         self.counts = counts if self.counts is None else self.counts + counts
         self.num_tokens += tokens.numel()

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
 from prior import PriorConfig
-from tokenizer import TokenizerConfig
+from tokenizer import TokenizerConfig, VAEConfig
+from tokenizer.config import ImageConfig
 
 PHOTOGRAPHS = "photographs"  # the embedded ones, see train/sources.py
 SMALLEST_PERCEPTUAL = {"vgg": 16, "alex": 31, "squeeze": 17}  # pixels a side that leave LPIPS's last layer something
@@ -100,7 +101,7 @@ class AdversarialSettings:
         """Pixels a side that leave the discriminator's last layer something."""
         return 3 * 2**self.num_layers
 
-    def complete(self, run: "TokenizerRun") -> None:
+    def complete(self, run: "AutoencoderRun") -> None:
         """Fill in what follows the run's length; ValueError for what does not go with the run."""
         require(
             self.start_step is None or 0 <= self.start_step < run.steps,
@@ -201,10 +202,9 @@ class TrainingRun(PublishedOutput):
 
 
 @dataclass
-class TokenizerRun(TrainingRun):
-    """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
+class AutoencoderRun(TrainingRun):
+    """Settings of every program that trains a model of images; `model` is the config of its kind."""
 
-    output_dir: str = "runs/vqvae"  # the run's folder
     data: str = PHOTOGRAPHS  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
     split: str = "train"  # split to train on
     eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
@@ -213,7 +213,7 @@ class TokenizerRun(TrainingRun):
     num_workers: int = 2  # processes per rank that decode images
     steps: int = 700  # optimizer steps
     learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ImageConfig = field(default_factory=ImageConfig)
     data_options: DataSettings = field(default_factory=DataSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
@@ -237,6 +237,31 @@ class TokenizerRun(TrainingRun):
         self.free_settings = (*self.free_settings, "data_options.max_corrupt_fraction")
         if not self.streaming:  # there the workers share out the rows, and so decide their order
             self.free_settings = (*self.free_settings, "num_workers")
+
+
+@dataclass
+class TokenizerRun(AutoencoderRun):
+    """Settings of train/vqvae.py. Those left empty that depend on the run's length follow `steps`."""
+
+    output_dir: str = "runs/vqvae"  # the run's folder
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass
+class VAERun(AutoencoderRun):
+    """Settings of train/vae.py. Those left empty that depend on the run's length follow `steps`."""
+
+    output_dir: str = "runs/vae"  # the run's folder
+    model: VAEConfig = field(default_factory=VAEConfig)
+    loss: LossSettings = field(default_factory=lambda: LossSettings(reconstruction="gaussian"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.loss.reconstruction == "gaussian",
+            f"loss.reconstruction={self.loss.reconstruction}",
+            "be gaussian: the ELBO needs a likelihood; l2 is that of a fixed deviation, loss.sigma=...",
+        )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from tokenizer.images import convert
 
 from .config import RunError, UserError
-from .settings import PHOTOGRAPHS, SourceSettings, StoreRun, TokenizerRun
+from .settings import PHOTOGRAPHS, AutoencoderRun, SourceSettings, StoreRun
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ImageSource:
         return f"{value['path'] or 'an image'} (crc32 {zlib.crc32(value['bytes']):08x})"
 
 
-def open_sources(config: TokenizerRun) -> tuple[ImageSource, list[dict[str, Any]]]:
+def open_sources(config: AutoencoderRun) -> tuple[ImageSource, list[dict[str, Any]]]:
     """The training images, and the first `data_options.eval_images` rows of the validation images.
 
     A stream without a validation split is read until so many held-out rows are found, or to its end.
@@ -75,7 +75,7 @@ def open_sources(config: TokenizerRun) -> tuple[ImageSource, list[dict[str, Any]
     return source, eval_rows
 
 
-def open_splits(config: TokenizerRun | StoreRun) -> tuple[ImageSource, ImageSource]:
+def open_splits(config: AutoencoderRun | StoreRun) -> tuple[ImageSource, ImageSource]:
     """The training and the validation images."""
     with reading(config.data):
         train, validation = load_splits(config)
@@ -110,7 +110,9 @@ def embedded(split: str) -> Dataset:
     return Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
 
 
-def load_splits(config: TokenizerRun | StoreRun) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+def load_splits(
+    config: AutoencoderRun | StoreRun,
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The training split, and the validation split where there is one."""
     if config.data == PHOTOGRAPHS:
         return embedded("train"), embedded("validation")
@@ -215,7 +217,7 @@ def check_readable(source: ImageSource, data: str) -> None:
 class CorruptCounter:
     """Names each unreadable image in the log once, and stops the run where there are too many."""
 
-    def __init__(self, config: TokenizerRun | StoreRun, source: ImageSource, known: set[str]):
+    def __init__(self, config: AutoencoderRun | StoreRun, source: ImageSource, known: set[str]):
         self.fraction, self.names = config.data_options.max_corrupt_fraction, set(known)
         self.num_rows = len(source.rows) if isinstance(source.rows, Dataset) else None
         self.images_seen = 0

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from prior import AutoregressivePrior, PriorConfig
+from prior.config import check_vocabulary
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
 from train.checkpoint import RunFolder
@@ -75,7 +76,7 @@ def train(
     judge = Judge(config, accelerator, store, grids)
 
     folder.claim(accelerator)
-    identity = asdict(replace(store.stamp, tokenizer=None)) | {"num_rows": store.index.num_rows}
+    identity = replace(store.stamp, tokenizer=None).identity() | {"num_rows": store.index.num_rows}
     check_same_store(folder.kept(accelerator), identity, folder)  # before weights of another shape are loaded
     steps_done, kept = folder.load(accelerator)
     best = kept.get("best", {"step": 0, "bits_per_token": math.inf})
@@ -132,6 +133,10 @@ def train(
 
 def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Accelerator) -> TokenStore | None:
     """The token store of the settings, written first where none is named; None where a signal ended the writing."""
+    try:
+        check_vocabulary(tokenizer.vocab_size)  # before hours may go into a store
+    except ValueError as error:
+        raise UserError(f"tokenizer={config.tokenizer}: {error}") from None
     default = StoreRun(tokenizer=config.tokenizer)
     try:
         if config.tokens is None and not encode_dataset(default, accelerator):
@@ -152,15 +157,12 @@ def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Acceler
 
 def build_prior(config: PriorRun, stamp: StoreStamp) -> AutoregressivePrior:
     """A prior of what the store holds; ValueError where it cannot be."""
-    if len(stamp.grids) != 1 or math.prod(stamp.grids[0]) != stamp.tokens_per_image:
-        raise ValueError(
-            f"its images are {stamp.tokens_per_image} tokens on grids {stamp.grids}, and this prior models one grid "
-            f"with one token per position; use a tokenizer with a single codebook and scale"
-        )
     return AutoregressivePrior(
         PriorConfig(
             vocab_size=stamp.vocab_size,
-            grid_size=list(stamp.grids[0]),
+            grid_size=list(stamp.grids[-1]),
+            coarser_grids=stamp.grids[:-1],
+            num_codebooks=stamp.num_codebooks,
             num_classes=len(stamp.class_names or ()) if config.conditional else 0,
             tokenizer=stamp.tokenizer or repo_id_of(config.tokenizer),  # published since the store was written
             tokenizer_fingerprint=stamp.tokenizer_fingerprint,
@@ -210,7 +212,7 @@ def drawn(prior: AutoregressivePrior, tokenizer: ImageTokenizer, unigram: Unigra
     labels = torch.arange(num_columns).repeat(SAMPLE_ROWS) if num_classes else None
     generator = torch.Generator().manual_seed(seed)
     tokens = prior.generate(labels, num_columns * SAMPLE_ROWS, generator=generator)
-    rows = [*tokens.split(num_columns), unigram.draw(num_columns, prior.config.grid_size, seed)]
+    rows = [*tokens.split(num_columns), unigram.draw(num_columns, prior.config.token_shape, seed)]
     return [[*tokenizer.decode(row).cpu()] for row in rows]
 
 

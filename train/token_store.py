@@ -1,7 +1,8 @@
 """A token store: the token grids of a whole data set, and what they must never be parted from.
 
 train-00000-of-00007.parquet, validation-00000-of-00001.parquet, each row one encoded picture:
-    tokens  unsigned integers, the smallest type that holds the vocabulary; L of them, grid after grid, row-major
+    tokens  unsigned integers, the smallest type that holds the vocabulary; L of them, grid after grid, row-major,
+            with several codebooks all tokens of a place together: reshaped to (-1, *stamp.token_shape), what decodes
     label   int64, -1 where the data has no classes
     key     string, where in the data the picture comes from; views of one image end in #crop3, #flip or both
 README.md       the data set's card, by which `datasets.load_dataset` finds the splits
@@ -13,9 +14,9 @@ Each shard carries the StoreStamp in its schema's metadata. L is tokens_per_imag
 
 import json
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ USAGE = """
 from datasets import load_dataset
 
 rows = load_dataset("{source}", split="train").with_format("numpy")
-tokens = rows[:64]["tokens"]  # integers (64, {length}) in [0, {size}), row-major; grids of {grids}
+tokens = rows[:64]["tokens"]  # integers (64, {length}) in [0, {size}), row-major; {layout}
 """
 
 
@@ -48,17 +49,31 @@ class StoreStamp(PretrainedConfig):
     tokenizer: str | None  # its repo id, where it has one
     vocab_size: int  # every token lies in [0, vocab_size)
     grids: list[list[int]]  # [h, w] of each grid of a picture, in the order of its tokens
-    tokens_per_image: int  # L, the sum of h * w
+    tokens_per_image: int  # L, the sum of h * w, times num_codebooks
     image_size: int  # pixels, side of the square that was encoded
     image_channels: int  # 3 RGB or 1 grey
     class_names: list[str] | None  # of labels 0, 1, ...
+    num_codebooks: int = field(default=1, kw_only=True)  # q, tokens at each place of a grid
+
+    format_version: ClassVar[int] = 2
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
-        if self.tokens_per_image < 1 or self.tokens_per_image != sum(height * width for height, width in self.grids):
-            raise ValueError(f"tokens_per_image={self.tokens_per_image} must be the tokens of the grids {self.grids}")
+        if self.num_codebooks < 1:
+            raise ValueError(f"num_codebooks={self.num_codebooks} must be at least 1")
+        num_tokens = sum(height * width for height, width in self.grids) * self.num_codebooks
+        if self.tokens_per_image < 1 or self.tokens_per_image != num_tokens:
+            raise ValueError(f"tokens_per_image={self.tokens_per_image} must be the tokens of the {described(self)}")
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of the tokens of one picture as its tokenizer takes them: (h, w), (h, w, q) or (L,)."""
+        if len(self.grids) > 1:
+            return (self.tokens_per_image,)
+        return (*self.grids[0], self.num_codebooks) if self.num_codebooks > 1 else tuple(self.grids[0])
 
     def means_the_same(self, other: "StoreStamp") -> bool:
         """Whether rows under both stamps may lie in one store; a tokenizer can be published after it was used."""
@@ -90,6 +105,12 @@ class StoreIndex(StoreStamp):
         values = asdict(self)
         del values["num_rows"], values["unreadable_images"]
         return StoreStamp(**values)
+
+
+def described(stamp: StoreStamp) -> str:
+    """The grids of a picture, in words."""
+    grids = ", ".join(f"{height} x {width}" for height, width in stamp.grids)
+    return f"grids of {grids}" + (f" with {stamp.num_codebooks} tokens a place" if stamp.num_codebooks > 1 else "")
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -277,7 +298,8 @@ def render_card(index: StoreIndex, source: str, stated: dict[str, Any]) -> str:
     configs = [{"config_name": "default", "data_files": files}]
     metadata = DatasetCardData(license=stated["Tokens"], tags=["tokengrid", "image-tokens"], configs=configs)
     facts = facts_of(index)
-    usage = USAGE.format(source=source, length=index.tokens_per_image, size=index.vocab_size, **facts)
+    numbers = {"length": index.tokens_per_image, "size": index.vocab_size}
+    usage = USAGE.format(source=source, layout=described(index), **numbers)
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {source.rpartition('/')[2]}"]
     parts.append("Pictures as grids of discrete tokens, made by tokengrid.")
     parts.append(f"```python\n{usage.strip()}\n```")
@@ -290,7 +312,7 @@ def facts_of(index: StoreIndex) -> dict[str, Any]:
     """What the card's table says."""
     counts = {f"{split} rows": f"{num_rows:,}" for split, num_rows in index.num_rows.items() if num_rows}
     return counts | {
-        "grids": ", ".join(f"{height} x {width}" for height, width in index.grids),
+        "grids": described(index).removeprefix("grids of "),
         "vocabulary": f"{index.vocab_size:,}",
         "pictures": f"{index.image_size} x {index.image_size} pixels, {index.image_channels} channels",
         "classes": len(index.class_names or []) or "none",

@@ -1,18 +1,22 @@
 """The contract of every quantizer.
 
-Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors.
+Shapes: B batch, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors, q codebooks, L tokens in all.
+Indices are (B, h, w); (B, h, w, q) where several codebooks describe a place; (B, L) where the grids differ in size.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+MAX_BITS = 62  # of an index, an int64, so that vocab_size is one too
 
 
 @dataclass
 class QuantizerOutput:
-    quantized: Tensor  # (B, D, h, w) float32; in training the gradient passes straight through to the latents
-    indices: Tensor  # (B, h, w) int64 in [0, vocab_size)
+    quantized: Tensor  # (B, D, h, w) float32; its gradient reaches the latents as the quantizer says
+    indices: Tensor  # (B, h, w), (B, h, w, q) or (B, L), int64 in [0, vocab_size)
     losses: dict[str, Tensor]  # named scalars, already weighted; empty where the method has none
 
 
@@ -24,14 +28,36 @@ class Quantizer(nn.Module, ABC):
     """
 
     vocab_size: int  # number of different indices
+    num_codebooks: int = 1  # q, indices of a place; above 1 they are the last axis
+    multiscale: ClassVar[bool] = False  # indices are (B, L); `indices_to_codes` then takes grid_size=(h, w) too
+    coarse_to_fine: ClassVar[bool] = False  # whether the first codebooks, or the first scales, decode without the rest
+    has_parts: ClassVar[bool] = False  # whether it is built of other members of the table
 
     @abstractmethod
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Latents (B, D, h, w) of any float type to the nearest codes; the search runs in float32."""
+        """Latents (B, D, h, w) of any float type to codes; the choice among them is made in float32."""
 
     @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) int64 in [0, vocab_size) to codes (B, D, h, w) float32."""
+        """Indices as `forward` gives them, in [0, vocab_size), to codes (B, D, h, w) float32."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether the codes lie among the latents yet; until they do, training passes the latents on as they are."""
+        return True
+
+    @property
+    def num_codes(self) -> int:
+        """Number of different codes: `vocab_size`, times the codebooks where each has codes of its own."""
+        return self.vocab_size
+
+    def code_numbers(self, indices: Tensor) -> Tensor:
+        """Which of the `num_codes` codes each index stands for, in the same shape; what usage is counted by."""
+        return indices
+
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """The (h, w) of each grid of indices, in their order, for latents (B, D, height, width)."""
+        return [(height, width)]
 
     def step(self, progress: float = 1.0) -> bool:
         """Apply what the forward passes since the last call have gathered.

@@ -15,9 +15,13 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
 
     `vectors` (N, D) and `codes` (K, D), both float32; returns (N,) int64. ||v||^2 is left out: it moves no minimum.
     """
-    chunk_rows = max(1, DISTANCES_PER_CHUNK.get(vectors.device.type, 2**26) // len(codes))
     half_norms = codes.square().sum(1) / 2  # (K,)
-    transposed = codes.t()
+    transposed, chunk_rows = codes.t(), rows_per_chunk(codes)
     return torch.cat(
         [torch.addmm(half_norms, rows, transposed, alpha=-1).argmin(1) for rows in vectors.split(chunk_rows)]
     )
+
+
+def rows_per_chunk(codes: Tensor) -> int:
+    """How many vectors may be compared with all codes (K, D) at once."""
+    return max(1, DISTANCES_PER_CHUNK.get(codes.device.type, 2**26) // len(codes))

@@ -1,0 +1,77 @@
+"""Compare the bottlenecks in one tokenizer: python benchmarks/quantizers.py NAME [key=value ...]; --help.
+
+Each of `models` is what train/vqvae.py is given after the arguments that all share, so that data, network, steps and
+batches are the same and the bottleneck alone differs; the defaults are 9 bits a token each. A finished model is kept in
+runs/NAME/ and not trained again: the same command goes on, and adds the models that were added.
+Writes results/quantizers_NAME.json: of each model and seed the reconstruction of the test pictures, the codes in use,
+steps a second, peak memory.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from recording import ROOT, command_line, public_settings, record
+from trained_tokenizers import TrainedRun, figures_of_all, read_pictures, summaries, train_ours
+
+from train.config import UserError, launch, parse
+from train.settings import TokenizerRun, require
+from train.vqvae import check_model
+
+MODELS = [
+    "model.quantizer.name=ema_vq model.quantizer.codebook_size=512",
+    "model.quantizer.name=fsq model.quantizer.levels=[8,8,8] model.codebook_dim=3",
+    "model.quantizer.name=lfq model.codebook_dim=9",
+    "model.quantizer.name=bsq model.codebook_dim=9",
+]
+
+
+@dataclass
+class QuantizersRun(TrainedRun):
+    """Settings of benchmarks/quantizers.py."""
+
+    shared: str = "train/presets/cifar10/vqvae.yaml"  # arguments of train/vqvae.py that every model has
+    models: list[str] = field(default_factory=lambda: [*MODELS])  # arguments of each
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.models), "models=[]", "hold the arguments of at least one model")
+
+
+def main(name: str, config: QuantizersRun, root: Path = ROOT) -> None:
+    """Train what is not trained yet, measure everything, and write the record under `root`."""
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    arguments = [f"{config.shared} {model}".strip() for model in config.models]
+    first, *_ = [checked(each) for each in arguments]  # all of them before hours go into the first
+    pictures = read_pictures(config, first.model.image_channels, first.image_size)
+    makers = {each: partial(train_ours, each, pictures, config) for each in arguments}
+    rows = figures_of_all(root / "runs" / name, makers, config.seeds)
+    figures = {"command": command_of(name, config), "protocol": pictures.protocol(config), "models": summaries(rows)}
+    record(f"quantizers_{name}", figures, root)
+
+
+def checked(arguments: str) -> TokenizerRun:
+    """The settings that the arguments make; UserError where the training program would refuse them."""
+    try:
+        run = parse(TokenizerRun, shlex.split(arguments))
+        check_model(run)
+    except UserError as error:
+        raise UserError(f"{arguments}: {error}") from None
+    return run
+
+
+def command_of(name: str, config: QuantizersRun) -> str:
+    """The command that measures the same."""
+    return command_line("quantizers", name, public_settings(config), public_settings(QuantizersRun()), ("data",))
+
+
+if __name__ == "__main__":
+    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
+        sys.exit(__doc__)
+    name = "" if "--help" in sys.argv else sys.argv.pop(1)
+    launch(partial(main, name), QuantizersRun)

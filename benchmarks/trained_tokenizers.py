@@ -1,0 +1,182 @@
+"""What train/vqvae.py makes of some arguments, measured on test pictures; a finished model is never trained again.
+
+Every model reconstructs the same pictures, clamped to [0, 1]; NMSE is their mean squared error over the variance of the
+training pixels. Shapes: N pictures, C channels, S side in pixels, B pictures at once.
+"""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from labelled_images import content_hash, picture_batches
+from recording import ROOT, circumstances, num_parameters, public_settings, refusals, tell
+from torch import Tensor
+
+from tokenizer import ImageTokenizer
+from tokenizer.pretrained import written_whole
+from train.checkpoint import SETTINGS_NAME
+from train.config import UserError
+from train.counting import TokenCounts
+from train.progress import METRICS_NAME
+from train.settings import SourceSettings, ThreadSettings, require
+from train.sources import open_splits, reading
+
+Maker = Callable[[Path, int], dict[str, Any]]  # a folder and a seed to the figures of the model trained there
+
+
+@dataclass
+class TrainedRun:
+    """The settings of a program that trains models and compares them on test pictures."""
+
+    data: str = "uoft-cs/cifar10"  # as for train/vqvae.py
+    named: str | None = None  # the Hub id of `data` where that is a path; stands in the record in its place
+    split: str = "train"
+    eval_split: str | None = None  # split to measure on; default: validation, else test
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seed: int = 0  # of what is held out where there is no other split
+    data_options: SourceSettings = field(default_factory=SourceSettings)
+    speed: ThreadSettings = field(default_factory=ThreadSettings)
+
+    streaming: ClassVar[bool] = False  # all pictures are held in memory
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "seeds=[]", "hold at least one number")
+
+
+@dataclass
+class Pictures:
+    train: Tensor  # uint8 (N, C, S, S)
+    test: Tensor  # uint8 (N, C, S, S)
+    variance: float  # of the training pixels on the [0, 1] scale
+
+    def protocol(self, config: TrainedRun) -> dict[str, Any]:
+        """What stands in the record about the measuring."""
+        return {
+            "settings": public_settings(config),
+            "train": {"images": len(self.train), "sha256": content_hash(self.train), "variance": self.variance},
+            "test": {"images": len(self.test), "sha256": content_hash(self.test)},
+            "nmse": "mean squared error of test pictures, clamped to [0, 1], over the variance of training pixels",
+        }
+
+
+def read_pictures(config: TrainedRun, channels: int, side: int) -> Pictures:
+    """Every picture of both splits."""
+    tell(f"reading {config.data}")
+    options = {"channels": channels, "side": side, "limit": None, "batch_size": 1000, "rank": 0, "num_ranks": 1}
+    with reading(config.data):
+        train, test = (
+            torch.cat([batch for _, batch in picture_batches(source, **options)]) for source in open_splits(config)
+        )
+    return Pictures(train, test, (train.double() / 255).var(correction=0).item())
+
+
+def figures_of_all(folder: Path, makers: dict[str, Maker], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each model, a mapping for each seed; what a finished model left under `folder` is read from there.
+
+    All models of one seed, then the next: a run that is cut short still compares.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for model, make in makers.items():
+            path = folder / f"{folder_name(model)}_{seed}"
+            if not (path / "figures.json").is_file():
+                tell(f"{model}, seed {seed}")
+                figures = make(path, seed)
+                with written_whole(path / "figures.json") as part:
+                    part.write_text(json.dumps(figures))
+            rows.setdefault(model, []).append(json.loads((path / "figures.json").read_text()))
+    return rows
+
+
+def folder_name(model: str) -> str:
+    """What tells the arguments of a model from all others, as the name of a folder."""
+    return re.sub(r"[^\w.=-]+", "_", model.removeprefix("train/presets/"))
+
+
+def train_ours(arguments: str, pictures: Pictures, config: TrainedRun, path: Path, seed: int) -> dict[str, Any]:
+    """Train by the training program with a seed, or go on with it; its figures."""
+    given = {"data": config.data, "split": config.split, "seed": seed, "output_dir": path / "run"}
+    if config.speed.threads:
+        given["speed.threads"] = config.speed.threads
+    words = [f"{key}={value}" for key, value in given.items()]
+    path.mkdir(parents=True, exist_ok=True)
+    watched = [sys.executable, "benchmarks/peak_memory.py", path / "peak_memory"]
+    begun = time.perf_counter()
+    command = [*watched, "accelerate", "launch", "train/vqvae.py", *shlex.split(arguments), *words]
+    done = subprocess.run(command, cwd=ROOT)
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        raise UserError(f"{arguments} could not be trained (exit code {done.returncode}); its own words stand above")
+    with refusals():
+        tokenizer = ImageTokenizer.from_pretrained(path / "run")
+    return {
+        **measured(partial(reconstructed, tokenizer), pictures, tokenizer.vocab_size),
+        "parameters": num_parameters(tokenizer),
+        "quantizer": tokenizer.config.quantizer["name"],
+        "seconds": round(seconds, 1),
+        "steps_per_second": steps_per_second(path / "run"),
+        "peak_memory": int((path / "peak_memory").read_text()),  # bytes, of the largest process
+        "made_with": circumstances(),
+    }
+
+
+def reconstructed(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """decode(encode(images)) of (B, C, S, S) in [0, 1], and the tokens."""
+    tokens = tokenizer.encode(images)
+    return tokenizer.decode(tokens), tokens
+
+
+def steps_per_second(run: Path) -> float:
+    """The median over the log of a finished run, which leaves out evaluations."""
+    settings = yaml.safe_load((run / SETTINGS_NAME).read_text())
+    records = map(json.loads, (run / METRICS_NAME).read_text().splitlines())
+    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    return median(speeds) / (settings["batch_size"] * settings["optimizer"]["accumulation_steps"])
+
+
+@torch.no_grad()
+def measured(
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], pictures: Pictures, vocab_size: int
+) -> dict[str, float]:
+    """NMSE and PSNR of all test pictures (as one), codes in use and perplexity of their tokens, and their bits."""
+    squared_error, counts = 0.0, TokenCounts(vocab_size)
+    for part in pictures.test.split(250):
+        images = part.float() / 255
+        reconstructions, tokens = reconstruct(images)
+        squared_error += (reconstructions.clamp(0, 1) - images).double().square().sum().item()
+        counts.add(tokens)
+    mse = squared_error / pictures.test.numel()
+    return {
+        "test_nmse": mse / pictures.variance,
+        "test_psnr": -10 * math.log10(mse),
+        **counts.figures(),
+        "bits_per_image": tokens[0].numel() * math.log2(vocab_size),
+    }
+
+
+def summaries(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each model the mean and the spread over seeds of its test NMSE, against the first one's, and all its runs."""
+    means = {model: mean(run["test_nmse"] for run in runs) for model, runs in rows.items()}
+    first = next(iter(means.values()))
+    return [
+        {
+            "model": model,
+            "test_nmse": means[model],
+            "deviation": stdev(run["test_nmse"] for run in runs) if len(runs) > 1 else None,
+            "under_the_first": 1 - means[model] / first,
+            "runs": runs,
+        }
+        for model, runs in rows.items()
+    ]

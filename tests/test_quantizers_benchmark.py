@@ -1,0 +1,83 @@
+"""The comparison of bottlenecks end to end, at two steps on small pictures, and its table."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenizer import QUANTIZERS
+from train.config import UserError, parse
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
+
+import quantizers
+import tables
+from quantizers import MODELS, QuantizersRun, checked, main
+
+EMA = "model.quantizer.codebook_size=8"
+FSQ = "model.quantizer.name=fsq model.quantizer.levels=[4,3] model.codebook_dim=2"
+
+
+def arguments(data: Path, preset: Path, *models: str) -> QuantizersRun:
+    settings = [f"data={data}", "named=org/colours", f"shared={preset}", f"models={json.dumps(models)}"]
+    return parse(QuantizersRun, [*settings, "seeds=[3]", "speed.threads=1"])
+
+
+def test_each_bottleneck_is_trained_once_measured_and_put_into_the_table(colours, tiny_preset, tmp_path, monkeypatch):
+    main("tiny", arguments(colours, tiny_preset, EMA, FSQ), tmp_path)
+    path = tmp_path / "benchmarks/results/quantizers_tiny.json"
+    written = json.loads(path.read_text())
+    assert str(colours) not in json.dumps(written)
+    ema, fsq = (row["runs"][0] for row in written["models"])
+    assert (ema["quantizer"], fsq["quantizer"]) == ("ema_vq", "fsq")
+    assert (ema["bits_per_image"], fsq["bits_per_image"]) == pytest.approx((64 * 3, 64 * 3.585), rel=1e-3)
+    for figures in (ema, fsq):
+        assert figures["tokens_per_code"] >= 20
+        assert 0 < figures["usage"] <= 1
+        assert figures["steps_per_second"] > 0
+        assert figures["peak_memory"] > 100 * 2**20  # torch alone takes more
+    rows = tables.quantizers_rows(written)
+    assert [row["bottleneck"] for row in rows] == [f"`{EMA}`", f"`{FSQ}`"]
+    assert "2309.15505" in rows[1]["paper"]
+    assert tables.markdown(rows).count("\n") == 3
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("it was trained already")
+
+    monkeypatch.setattr(quantizers, "train_ours", never)
+    main("tiny", arguments(colours, tiny_preset, EMA, FSQ), tmp_path)
+    assert json.loads(path.read_text()) == written
+    with pytest.raises(AssertionError, match="trained already"):  # what is added is trained
+        main("tiny", arguments(colours, tiny_preset, EMA, FSQ, "model.codebook_dim=3"), tmp_path)
+
+
+def test_a_model_that_cannot_be_is_refused_before_any_is_trained(colours, tiny_preset, tmp_path):
+    wrong = "model.quantizer.name=fsq model.quantizer.levels=[4,3]"
+    with pytest.raises(UserError, match="levels=.* set codebook_dim=2"):
+        main("tiny", arguments(colours, tiny_preset, EMA, wrong), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_defaults_are_nine_bits_a_token(model, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    model = checked(f"{QuantizersRun().shared} {model}").model
+    options = {key: value for key, value in model.quantizer.items() if key != "name"}
+    assert QUANTIZERS[model.quantizer["name"]](model.codebook_dim, **options).vocab_size == 512
+
+
+def test_the_command_in_the_record_makes_the_same_settings(colours, tiny_preset):
+    config = arguments(colours, tiny_preset, EMA, FSQ)
+    program, script, name, *given = shlex.split(quantizers.command_of("tiny", config))
+    assert [program, script, name] == ["python", "benchmarks/quantizers.py", "tiny"]
+    again = parse(QuantizersRun, given)
+    assert (again.models, again.shared, again.data) == (config.models, config.shared, "org/colours")
+
+
+def test_the_table_knows_the_paper_of_every_bottleneck_and_when_to_choose_it():
+    assert tables.BOTTLENECKS.keys() >= QUANTIZERS.keys()
+    for paper, when in tables.BOTTLENECKS.values():
+        assert "https://arxiv.org/abs/" in paper
+        assert when

@@ -1,0 +1,61 @@
+"""The measuring of trained tokenizers by hand, and the memory that a command takes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
+
+from trained_tokenizers import Pictures, measured, steps_per_second, summaries
+
+PEAK_MEMORY = str(Path(__file__).parents[1] / "benchmarks/peak_memory.py")
+MEGABYTE = 2**20
+
+
+def test_the_error_is_that_of_clamped_pictures_over_the_variance():
+    pictures = Pictures(torch.empty(0), torch.full((50, 3, 32, 32), 51, dtype=torch.uint8), variance=0.5)  # 0.2
+    tokens = torch.arange(64).view(1, 8, 8).expand(50, 8, 8)
+    figures = measured(lambda images: (images - 0.6, tokens[: len(images)]), pictures, 128)
+    assert figures["test_nmse"] == pytest.approx(0.2**2 / 0.5)  # not 0.6: -0.4 is clamped to 0
+    assert figures["test_psnr"] == pytest.approx(13.979, abs=1e-3)
+    assert (figures["usage"], figures["perplexity"]) == pytest.approx((0.5, 64))
+    assert (figures["bits_per_image"], figures["tokens_per_code"]) == (64 * 7, 25)
+
+
+def test_a_summary_states_the_share_under_the_first_and_the_spread():
+    rows = {"reference": [{"test_nmse": 0.05}, {"test_nmse": 0.07}], "ours": [{"test_nmse": 0.045}]}
+    reference, ours = summaries(rows)
+    assert reference["test_nmse"] == pytest.approx(0.06)
+    assert reference["deviation"] == pytest.approx(0.0141421, abs=1e-6)
+    assert ours["under_the_first"] == pytest.approx(0.25)
+    assert ours["deviation"] is None
+
+
+def test_the_speed_is_the_median_of_the_log_in_whole_steps(tmp_path):
+    (tmp_path / "run.yaml").write_text("batch_size: 4\noptimizer: {accumulation_steps: 2}\n")
+    lines = [{"step": 1, "images_per_second": 8}, {"step": 2, "psnr": 20.0}]
+    lines += [{"step": step, "images_per_second": speed} for step, speed in ((2, 80), (3, 96))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert steps_per_second(tmp_path) == 80 / 8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resident set to ask for")
+def test_the_peak_is_that_of_the_largest_process_below_and_not_of_the_caller(tmp_path):
+    peaks = []
+    for size in (0, 100):
+        allocate = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray({size} * 2**20)'])"
+        done = run([sys.executable, PEAK_MEMORY, str(tmp_path / "peak"), sys.executable, "-c", allocate])
+        assert done.returncode == 0, done.stderr
+        peaks.append(int((tmp_path / "peak").read_text()))
+    assert peaks[0] < 60 * MEGABYTE  # a bare interpreter, while this process holds torch
+    assert 90 * MEGABYTE < peaks[1] - peaks[0] < 110 * MEGABYTE
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 128 + 9)])
+def test_a_failing_command_fails_as_it_did(tmp_path, ending, code):
+    command = [sys.executable, "-c", f"import os, sys; {ending}"]
+    assert run([sys.executable, PEAK_MEMORY, str(tmp_path / "peak"), *command]).returncode == code

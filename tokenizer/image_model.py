@@ -1,0 +1,119 @@
+"""What every model of images shares, whatever lies between its encoder and its decoder: sizes, precision, identity.
+
+Shapes: B batch, C image channels, H W image sides in pixels, D components of a latent, h w grid sides
+(H / downsample_factor).
+"""
+
+from abc import abstractmethod
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import AUTOENCODERS
+from .choices import build
+from .config import ImageConfig
+from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
+from .pretrained import PretrainedModel
+
+
+class ImageModel(PretrainedModel):
+    """An autoencoder of images with a bottleneck between encoder and decoder, which a subclass adds.
+
+    The subclass's forward gives an output with `reconstructions` (B, C, H, W) float32 on the [0, 1] scale, not clamped,
+    and `losses`, named scalars, already weighted.
+    """
+
+    config: ImageConfig
+
+    def __init__(self, config: ImageConfig, latent_dim: int, **options: Any):
+        """`options` are what the model, not its config, decides of the autoencoder."""
+        super().__init__(config)
+        self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, latent_dim, **options)
+        if config.resize is not None:
+            self.check_resize(config.resize)
+
+    @property
+    @abstractmethod
+    def bottleneck(self) -> nn.Module:
+        """What lies between encoder and decoder: a training loop calls its `step` or `discard` after each step."""
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Float images (B, C, H, W) in [0, 1] to what the encoder gives (B, D, h, w), before the bottleneck.
+
+        In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
+        token in about 5000 would depend on the pictures beside it.
+        """
+        at_once = len(images) if self.training or images.device.type != "cpu" else 1
+        pixels = (to_model_range(part.float()) for part in images.split(at_once))  # float32: bfloat16 rounds once
+        return torch.cat([self.autoencoder.encoder(self.laid_out(part)) for part in pixels])
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
+        return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
+
+    def laid_out(self, features: Tensor) -> Tensor:
+        """In the type of the weights and in one memory layout: convolutions round differently in another."""
+        return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
+
+    def check_forward(self, images: Tensor) -> None:
+        """Raise ValueError unless these are floats (B, C, H, W), sides divisible by the factor."""
+        if not images.is_floating_point():
+            raise ValueError(f"images of {images.dtype}; forward takes floats in [0, 1]: divide by 255, or call encode")
+        check_shape(images.shape, self.config.image_channels, self.downsample_factor)
+
+    def prepared(self, images: Images, resize: int | Literal["config"] | None) -> Tensor:
+        """What `encode` takes as float32 (B, C, H, W) in [0, 1] on the model's device; ValueError for anything else."""
+        if resize == "config":
+            resize = self.config.resize
+        if resize is not None:
+            self.check_resize(resize)
+        return to_batch(images, self.config.image_channels, self.downsample_factor, resize).to(self.device)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels of an image side per position of the grid."""
+        return self.autoencoder.downsample_factor
+
+    def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
+        height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size
+        factor = self.downsample_factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"image_size={image_size} must be a positive multiple of downsample_factor={factor}; the nearest "
+                f"height is {nearest_multiples(height, factor)}, the nearest width {nearest_multiples(width, factor)}"
+            )
+        return height // factor, width // factor
+
+    def check_resize(self, resize: int) -> None:
+        """Raise ValueError unless `resize` is a side in pixels that the factor divides."""
+        factor = self.downsample_factor
+        if not isinstance(resize, Integral) or resize < 1 or resize % factor:
+            raise ValueError(
+                f"resize={resize!r} must be a side in pixels, a positive multiple of downsample_factor={factor}, "
+                f"or None to keep the size"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config and float32 weights of what encodes: preprocessing, encoder, bottleneck.
+
+        Two models with one fingerprint make the same of the same images; token stores and priors carry it.
+        """
+        return self.hash_of(self.config.identity(), self.weights(of_decoder=False))
+
+    @property
+    def decoder_fingerprint(self) -> str:
+        """sha256 (hex) over config and float32 weights of the decoder, which may be fine-tuned by itself."""
+        return self.hash_of({"autoencoder": self.config.identity()["autoencoder"]}, self.weights(of_decoder=True))
+
+    def weights(self, of_decoder: bool) -> dict[str, Tensor]:
+        """The tensors of the decoder, or those of everything else."""
+        tensors = self.state_dict()
+        return {key: tensors[key] for key in tensors if key.startswith("autoencoder.decoder.") == of_decoder}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype

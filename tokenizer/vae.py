@@ -1,0 +1,120 @@
+"""ImageVAE: images -> a distribution over continuous latents -> images; the sibling of ImageTokenizer without tokens.
+
+Shapes: B batch, C image channels, H W image sides in pixels, D latent_dim, h w grid sides (H / downsample_factor).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .choices import build
+from .config import VAEConfig
+from .image_model import ImageModel
+from .images import Images
+from .posteriors import POSTERIORS, Posterior
+
+USAGE = """
+from PIL import Image
+from tokenizer import ImageVAE
+
+vae = ImageVAE.from_pretrained("{source}")
+latents = vae.encode(Image.open("picture.jpg"))  # float (1, D, h, w)
+pictures = vae.decode(latents)  # float (1, C, H, W) in [0, 1]
+drawn = vae.sample(4, image_size=pictures.shape[2:])  # float (4, C, H, W) in [0, 1]
+"""
+
+
+@dataclass
+class VAEOutput:
+    reconstructions: Tensor  # (B, C, H, W) float32 on the [0, 1] scale, not clamped
+    latents: Tensor  # (B, D, h, w) float32: drawn from q(z|x) in training, its mean in eval mode
+    mean: Tensor  # (B, D, h, w) float32, of q(z|x)
+    log_variance: Tensor  # (B, D, h, w) float32, of q(z|x)
+    losses: dict[str, Tensor]  # named scalars of the posterior, weighted, in nats per dimension (channel of a pixel)
+
+
+class ImageVAE(ImageModel):
+    """VAE (Kingma and Welling 2013, arXiv:1312.6114) on a grid of latents: encoder, posterior, prior N(0, I), decoder.
+
+    The decoder gives the mean of p(x|z); its deviation belongs to the likelihood and so to the training loss. In nats
+    per dimension, that loss and `losses` with a KL weight of 1 are together the negative ELBO.
+    """
+
+    config_class = VAEConfig
+    card_caption = "originals above, reconstructions below, then samples of the prior"
+    card_tags: ClassVar[list[str]] = ["variational-autoencoder", "vae"]
+    card_usage = USAGE
+
+    def __init__(self, config: VAEConfig):
+        num_moments = POSTERIORS[config.posterior["name"]].num_moments
+        super().__init__(config, config.latent_dim, num_moments=num_moments)
+        self.posterior = build(POSTERIORS, config.posterior, config.latent_dim)
+
+    @property
+    def bottleneck(self) -> Posterior:
+        return self.posterior
+
+    def forward(self, images: Tensor) -> VAEOutput:
+        """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
+        self.check_forward(images)
+        found = self.posterior(self.encode_latents(images))
+        losses = {name: loss / images[0].numel() for name, loss in found.losses.items()}
+        return VAEOutput(self.decode_latents(found.latents), found.latents, found.mean, found.log_variance, losses)
+
+    @torch.no_grad()
+    def moments(self, images: Images, resize: int | Literal["config"] | None = "config") -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), (B, D, h, w) float32 each, of whatever `encode` takes."""
+        batch = self.prepared(images, resize)
+        with self.evaluating():
+            return self.posterior.moments(self.encode_latents(batch))
+
+    def encode(
+        self,
+        images: Images,
+        sample: bool = False,
+        resize: int | Literal["config"] | None = "config",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images to latents (B, D, h, w) float32 on the model's device: the mean of q(z|x), or with `sample` a draw.
+
+        Takes what `ImageTokenizer.encode` takes and prepares it alike; ValueError for anything else. `generator`, of
+        the CPU, makes the draw repeatable.
+        """
+        mean, log_variance = self.moments(images, resize)
+        if not sample:
+            return mean
+        return mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, D, h, w), or (D, h, w) for one picture, to float32 images (B, C, H, W) in [0, 1].
+
+        They are the mean of p(x|z), clamped. Raises ValueError for latents of another shape or type, or not finite.
+        """
+        dim = self.config.latent_dim
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents of {kind}; the rule is a float tensor (B, {dim}, h, w), as encode returns it")
+        batch = latents[None] if latents.ndim == 3 else latents
+        if batch.ndim != 4 or batch.shape[1] != dim or batch.numel() == 0:
+            shape = tuple(latents.shape)
+            raise ValueError(f"latents of shape {shape}; the rule is (B, {dim}, h, w) or ({dim}, h, w), none of them 0")
+        if not batch.isfinite().all():
+            raise ValueError("latents hold NaN or infinity; the rule is finite numbers, as encode returns them")
+        with self.evaluating():
+            return self.decode_latents(batch.to(self.device)).clamp(0, 1)
+
+    def sample(
+        self, num_samples: int, image_size: int | tuple[int, int], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Images (num_samples, C, H, W) in [0, 1] of (H, W) pixels, or square ones, from latents drawn from N(0, I).
+
+        They are means of p(x|z), without its noise. `generator`, of the CPU, makes them repeatable. Raises ValueError
+        for a size that the factor does not divide.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1")
+        shape = (num_samples, self.config.latent_dim, *self.grid_size(image_size))
+        return self.decode(torch.randn(shape, generator=generator))

@@ -443,13 +443,14 @@ def test_a_stream_that_cannot_be_read_any_further_is_one_line(saved, tmp_path):
         ("views=all", "views"),
         ("rows_per_shard=0", "rows_per_shard=0 must be >= 1"),
         ("push_to_hub=a/b", "card.license=..."),
+        ("push_to_hub=a/b card.license=mit card.data_license=mit", "must come with card.data=..."),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2_before_anything_is_written(
     changed, message, saved, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    given = [f"tokenizer={saved}", f"data={data}", "image_size=8", "output_dir=store", changed]
+    given = [f"tokenizer={saved}", f"data={data}", "image_size=8", "output_dir=store", *changed.split()]
     monkeypatch.setattr(sys, "argv", [PROGRAM, *given])
     with pytest.raises(SystemExit) as exit_:
         launch(main, StoreRun)

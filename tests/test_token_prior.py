@@ -261,6 +261,7 @@ def test_an_unconditional_prior_of_a_store_with_classes(made, tmp_path):
         (["eval_grids=0"], "eval_grids=0 must be >= 1"),
         (["log_with=wandb"], "log_with=wandb is not installed"),
         (["push_to_hub=a/b"], "card.license=..."),
+        (["push_to_hub=a/b", "card.license=mit", "card.data_license=mit"], "must come with card.data=..."),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2_before_anything_is_written(

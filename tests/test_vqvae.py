@@ -160,6 +160,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_fold
         (["model.quantizer.name=nothing"], "quantizer.name='nothing' must be one of"),
         (["model.resize=8"], "image_size=16 is larger than model.resize=8"),
         (["push_to_hub=a/b"], "card.license=..."),
+        (["push_to_hub=a/b", "card.license=mit", "card.data_license=mit"], "must come with card.data=..."),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2_before_anything_is_written(

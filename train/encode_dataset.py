@@ -26,8 +26,8 @@ from train.config import RunError, UserError, launch
 from train.optimization import share_threads
 from train.progress import StopRequest
 from train.publishing import publish, reserve_repository
-from train.settings import PHOTOGRAPHS, StoreRun
-from train.sources import CorruptCounter, check_corrupt, check_readable, is_path, open_splits
+from train.settings import StoreRun
+from train.sources import CorruptCounter, check_corrupt, check_readable, open_splits, public_name
 from train.token_store import (
     INDEX_NAME,
     SPLITS,
@@ -64,7 +64,7 @@ def encode_dataset(config: StoreRun, accelerator: Accelerator) -> bool:
     check_image_size(tokenizer, config.image_size)
     folder.check_tokenizer(tokenizer.fingerprint)
     if config.push_to_hub and accelerator.is_main_process:
-        reserve_repository(config.push_to_hub, "dataset")
+        reserve_repository(config, config.data, "dataset")
     if not folder.finished:
         share_threads(accelerator, config.speed, config.num_workers)
         sources = dict(zip(SPLITS, open_splits(config), strict=True))
@@ -177,9 +177,8 @@ class StoreFolder(OutputFolder):
 
     def write_card(self, index: StoreIndex, source: str) -> None:
         """README.md, which tells people to load the store from `source`."""
-        card, data = self.config.card, self.config.data
-        public = None if is_path(data) and data != PHOTOGRAPHS else data
-        stated = {"Tokens": card.license, "Data": card.data or public, "Data licence": card.data_license}
+        card, data = self.config.card, self.config.card.data or public_name(self.config.data)
+        stated = {"Tokens": card.license, "Data": data, "Data licence": card.data_license}
         with written_whole(self.path / CARD_NAME) as part:
             part.write_text(render_card(index, source, stated), encoding="utf-8")
 

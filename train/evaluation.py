@@ -27,7 +27,7 @@ from .data import evaluation_batches, training_batches
 from .losses import ReconstructionLoss
 from .progress import METRICS_NAME, UsageWindow, read_lines, save_sheet
 from .settings import AutoencoderRun, TokenizerRun
-from .sources import ImageSource
+from .sources import ImageSource, public_name
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,12 @@ class Examiner(ABC):
     @abstractmethod
     def measured_on(cls, config: Any, metrics: dict[str, float]) -> str:
         """What the figures of an evaluation mean, for the card."""
+
+    @staticmethod
+    def pictures_of(config: Any) -> str:
+        """What the figures of an evaluation are measured on, for the card."""
+        name = config.card.data or public_name(config.data) or "local files"
+        return f"whole validation pictures ({config.eval_split or 'validation'} of `{name}`)"
 
     def pictures(self, model: ImageModel) -> Iterator[Tensor]:
         """This rank's share of the validation pictures in batches, uint8 (B, C, H, W)."""
@@ -196,9 +202,8 @@ class TokenizerExaminer(Examiner):
             else "`codes_seen` (different codes among `num_tokens` tokens; the codes are too many to state a usage)"
         )
         return (
-            f"`psnr`: dB, mean over whole validation pictures ({config.eval_split or 'validation'} "
-            f"of `{config.data}`), of decode(encode(x)). {seen} and `perplexity`: on training crops of "
-            f"{config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
+            f"`psnr`: dB, mean over {cls.pictures_of(config)}, of decode(encode(x)). {seen} and `perplexity`: on "
+            f"training crops of {config.image_size} pixels, codebook frozen, over `tokens_per_code` tokens a code."
             f"{costs if 'sigma' in metrics else ''}"
         )
 
@@ -223,7 +228,7 @@ def model_card(examiner: type[Examiner], config: AutoencoderRun, folder: RunFold
     step = metrics.pop("step")
     return ModelCard(
         license=config.card.license,
-        data=config.card.data or config.data,
+        data=config.card.data or public_name(config.data),
         data_license=config.card.data_license,
         metrics=metrics,
         evaluation=f"After {step} steps. {examiner.measured_on(config, metrics)}",

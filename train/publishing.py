@@ -7,12 +7,20 @@ from huggingface_hub import HfApi
 
 from .checkpoint import OutputFolder
 from .config import RunError, UserError
+from .settings import PublishedOutput
+from .sources import public_name
 
 log = logging.getLogger(__name__)
 
 
-def reserve_repository(repo_id: str, repo_type: str = "model") -> None:
-    """Create the repository before the hours of work; UserError where that is not allowed or not possible."""
+def reserve_repository(config: PublishedOutput, data: str, repo_type: str = "model") -> None:
+    """Create the repository before the hours of work; UserError where that is not allowed or not possible.
+
+    Or where the card would have to name `data` by a path of this machine.
+    """
+    repo_id = config.push_to_hub
+    if not (config.card.data or public_name(data)):
+        raise UserError(f"push_to_hub={repo_id} must come with card.data=..., a name by which others know {data}")
     try:
         HfApi().create_repo(repo_id, repo_type=repo_type, exist_ok=True)
     except Exception as error:  # the client raises a different type for every way in which this can fail

@@ -138,6 +138,11 @@ def is_path(data: str) -> bool:
     return data.startswith((".", "/", "~")) or os.path.exists(data) or glob.has_magic(data)
 
 
+def public_name(data: str) -> str | None:
+    """What others know the data by: a Hub id or the embedded photographs; None for what lies on this disk alone."""
+    return None if is_path(data) and data != PHOTOGRAPHS else data
+
+
 def locate(data: str, subset: str | None) -> dict[str, Any]:
     """The arguments by which `datasets` opens `data`; UserError for a path where nothing is."""
     if not is_path(data):

@@ -33,6 +33,7 @@ from train.optimization import Optimization, make_accelerator, share_threads
 from train.progress import METRICS_NAME, Progress, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import PriorRun, StoreRun
+from train.sources import public_name
 from train.token_store import SPLITS, StoreStamp, TokenStore
 
 log = logging.getLogger("train.token_prior")
@@ -48,7 +49,7 @@ def main(config: PriorRun) -> None:
     folder.check()
     accelerator = make_accelerator(config)
     if config.push_to_hub and accelerator.is_main_process:
-        reserve_repository(config.push_to_hub)
+        reserve_repository(config, config.tokens or StoreRun().data)
     if folder.finished:
         log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
     else:
@@ -233,7 +234,7 @@ def model_card(config: PriorRun, folder: RunFolder) -> ModelCard:
     step = metrics.pop("step")
     return ModelCard(
         license=config.card.license,
-        data=config.card.data or config.tokens or StoreRun().data,
+        data=config.card.data or public_name(config.tokens or StoreRun().data),
         data_license=config.card.data_license,
         metrics=metrics,
         evaluation=(

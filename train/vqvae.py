@@ -40,7 +40,7 @@ def main(config: AutoencoderRun) -> None:
     check_model(config)
     accelerator = make_accelerator(config)
     if config.push_to_hub and accelerator.is_main_process:
-        reserve_repository(config.push_to_hub)
+        reserve_repository(config, config.data)
     if folder.finished:
         log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
     else:

@@ -112,7 +112,7 @@ class VAEExaminer(Examiner):
         return (
             f"On {cls.pictures_of(config)}: `psnr`: dB, mean, of decode(encode(x)); `total_bits_per_dimension`: the "
             f"negative ELBO, for the 8-bit pixels under a Gaussian of deviation `sigma`, per channel of a pixel, by "
-            f"one draw of them. On `num_crops` training crops of {config.image_size} pixels: `kl_nats` per crop, in "
+            f"one latent draw. On `num_crops` training crops of {config.image_size} pixels: `kl_nats` per crop, in "
             f"all and of each channel; `active_units`: latents whose posterior mean has a variance above 0.01, of "
             f"`num_units`; `mutual_information` of crop and latents in nats, which this estimate cannot show above "
             f"log(`num_crops`)."

@@ -12,22 +12,23 @@ import torch
 from conftest import picture
 
 from prior import AutoregressivePrior, PriorConfig
-from tokenizer import ImageTokenizer, TokenizerConfig
+from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, VAEConfig
 from train.config import parse
-from train.settings import PriorRun, StoreRun, TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for line in README.splitlines() if line.startswith("accelerate launch train/")]
-SETTINGS = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
+SETTINGS = {"vqvae": TokenizerRun, "vae": VAERun, "encode_dataset": StoreRun, "token_prior": PriorRun}
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 @pytest.fixture
 def a_finished_run(tmp_path, monkeypatch):
-    """A folder with runs/vqvae, runs/prior and picture.jpg, as a reader has it after the first commands."""
+    """A folder with runs/vqvae, runs/prior, runs/vae and picture.jpg, as a reader has it after the first commands."""
     tokenizer = ImageTokenizer(TokenizerConfig())
     tokenizer.save_pretrained(tmp_path / "runs" / "vqvae")
+    ImageVAE(VAEConfig()).save_pretrained(tmp_path / "runs" / "vae")
     network = {"width": 16, "num_layers": 1, "num_heads": 2}
     config = PriorConfig(tokenizer.vocab_size, [16, 16], tokenizer_fingerprint=tokenizer.fingerprint, **network)
     AutoregressivePrior(config).save_pretrained(tmp_path / "runs" / "prior")

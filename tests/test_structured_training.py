@@ -29,8 +29,9 @@ STRUCTURES = {
     "residual": ["depth=3", "quantizer_dropout=0.5"],
     "grouped": ["groups=2", "each.name=residual", "each.depth=2", "each.each.codebook_size=8"],
     "multiscale": ["scales=[1,2,5,8]", "num_convolutions=2"],
+    "hierarchical": ["width=8"],
 }
-SHAPES = {"residual": (8, 8, 3), "grouped": (8, 8, 4), "multiscale": (1 + 4 + 25 + 64,)}
+SHAPES = {"residual": (8, 8, 3), "grouped": (8, 8, 4), "multiscale": (1 + 4 + 25 + 64,), "hierarchical": (16 + 64,)}
 
 
 def settings(name: str, folder: str, output: object, *more: str) -> list[str]:

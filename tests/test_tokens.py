@@ -182,6 +182,7 @@ REFUSED = [
     ("multiscale", (1, 2, 3), None, r"shape \(1, 2, 3\); the rule is \(B, L\) or \(L,\), none of them 0"),
     ("multiscale", (1, 12), None, r"no square picture has 12 tokens \(the nearest have 7 and 15\); give image_size="),
     ("multiscale", (1, 12), (6, 8), "not those of a grid of 3 x 4, as image_size says: it has 19, and 1, 3, 7 after"),
+    ("hierarchical", (1, 4), (6, 8), "as image_size says: it has 16, and no fewer after"),
 ]
 
 

@@ -54,7 +54,7 @@ def applied(network: nn.Module, features: Tensor, *arguments: Any) -> Tensor:
 
 
 def one_by_one(convert: Callable[[Tensor], Tensor], batch: Tensor, training: bool) -> Tensor:
-    """`convert` of a batch; on a CPU, unless it trains, picture by picture: convolutions round by the batch's size."""
+    """`convert` of a batch; on a CPU, unless it trains, picture by picture: rounding depends on the batch's size."""
     if training or batch.device.type != "cpu":
         return convert(batch)
     return torch.cat([convert(each) for each in batch.split(1)])

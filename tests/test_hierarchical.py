@@ -59,7 +59,7 @@ def written_out(quantizer, latents):
     decoded = convolved(hidden[:, :, rows][:, :, :, columns], quantizer.from_top.conv_out, padding=1)
     bottom_latents = convolved(torch.cat([latents, decoded], 1), quantizer.to_bottom)
     bottom, bottom_indices, bottom_codes = straight_through(bottom_latents, quantizer.bottom.codebook)
-    seen = convolved(torch.cat([decoded, bottom], 1), quantizer.merge)
+    seen = convolved(torch.cat([bottom, decoded], 1), quantizer.merge)
     distances = [(top_latents - top_codes).square().mean(), (bottom_latents - bottom_codes).square().mean()]
     return seen, torch.cat([top_indices.flatten(1), bottom_indices.flatten(1)], 1), 0.25 * sum(distances)
 
@@ -137,9 +137,19 @@ def test_before_the_placement_the_networks_learn_with_nothing_quantized():
     output = quantizer(latents)
     top = quantizer.from_top(quantizer.to_top(latents), (3, 5))
     bottom = quantizer.to_bottom(torch.cat([latents, top], 1))
-    torch.testing.assert_close(output.quantized, quantizer.merge(torch.cat([top, bottom], 1)))
+    torch.testing.assert_close(output.quantized, quantizer.merge(torch.cat([bottom, top], 1)))
     output.quantized.square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+
+
+def test_at_first_a_mixture_of_the_top_is_added_to_one_level_by_itself():
+    torch.manual_seed(0)
+    quantizer = HierarchicalQuantizer(DIM, {"name": "lfq"})
+    own, top = latents_of(1), latents_of(2)
+    for network in (quantizer.to_bottom, quantizer.merge):
+        added = network(torch.cat([own, top], 1)) - own
+        torch.testing.assert_close(added, network(torch.cat([torch.zeros_like(own), top], 1)))
+        assert added.abs().mean() > 0.1
 
 
 def test_each_level_may_be_any_quantizer_with_one_index_a_place():

@@ -18,7 +18,7 @@ from tokenizer.quantizers.search import nearest_codes
 def between_levels(quantizer, latents):
     """The networks of a hierarchy, which are linear until they are trained: no gradient depends on the codes."""
     top = quantizer.from_top(quantizer.to_top(latents), latents.shape[2:])
-    return quantizer.merge(torch.cat([top, quantizer.to_bottom(torch.cat([latents, top], 1))], 1))
+    return quantizer.merge(torch.cat([quantizer.to_bottom(torch.cat([latents, top], 1)), top], 1))
 
 
 BEFORE_ROUNDING = {

@@ -23,7 +23,10 @@ class HierarchicalQuantizer(Quantizer):
     codebook of its own, both of one size, and passes its gradient as its part says. The losses are summed over levels.
 
     Departures from the paper: the latents that both levels start from, and what the decoder sees of both, have D
-    components; one network decodes the top for the bottom and for the decoder; one residual block in each.
+    components; one network decodes the top for the bottom and for the decoder; one residual block in each network.
+
+    At first the bottom is one level by itself, to which a mixture of the decoded top is added, before and after it is
+    quantized: from random mixtures training starts slowly.
 
     The bottom is placed on what it is given once the top is placed. Without the bottom nothing decodes: the decoder
     has never seen the top alone.
@@ -46,8 +49,7 @@ class HierarchicalQuantizer(Quantizer):
         self.vocab_size = self.top.vocab_size
         self.to_top = Halving(codebook_dim, width, codebook_dim)
         self.from_top = Growing(codebook_dim, width, codebook_dim)
-        self.to_bottom = nn.Conv2d(2 * codebook_dim, codebook_dim, 1)
-        self.merge = nn.Conv2d(2 * codebook_dim, codebook_dim, 1)
+        self.to_bottom, self.merge = (joining(codebook_dim) for _ in range(2))
         self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
 
     @property
@@ -75,7 +77,7 @@ class HierarchicalQuantizer(Quantizer):
             top = self.top(applied(self.to_top, latents))
             decoded = applied(self.from_top, top.quantized, latents.shape[2:])  # (B, D, h, w)
             bottom = self.bottom(self.bottom_latents(latents, decoded))
-            quantized = applied(self.merge, torch.cat([decoded, bottom.quantized], dim=1))
+            quantized = applied(self.merge, torch.cat([bottom.quantized, decoded], dim=1))
         indices = torch.cat([top.indices.flatten(1), bottom.indices.flatten(1)], dim=1)  # (B, L)
         losses = {name: top.losses[name] + bottom.losses[name] for name in top.losses}
         return QuantizerOutput(quantized, indices, losses)
@@ -89,7 +91,7 @@ class HierarchicalQuantizer(Quantizer):
         top, bottom = self.levels(indices, grid_size)
         with torch.autocast(indices.device.type, enabled=False):
             decoded = applied(self.from_top, self.top.indices_to_codes(top), grid_size)
-            return applied(self.merge, torch.cat([decoded, self.bottom.indices_to_codes(bottom)], dim=1))
+            return applied(self.merge, torch.cat([self.bottom.indices_to_codes(bottom), decoded], dim=1))
 
     def levels(self, indices: Tensor, grid_size: tuple[int, int]) -> list[Tensor]:
         """Indices (B, L) as the grid of the top and that of the bottom."""
@@ -120,3 +122,11 @@ class HierarchicalQuantizer(Quantizer):
         self.last_latents = None
         for part in (self.top, self.bottom):
             part.discard()
+
+
+def joining(channels: int) -> nn.Conv2d:
+    """A 1x1 convolution of (B, 2 * channels, h, w), which at first adds a mixture of the second half to the first."""
+    convolution = nn.Conv2d(2 * channels, channels, 1)
+    with torch.no_grad():
+        convolution.weight[:, :channels] = torch.eye(channels)[..., None, None]
+    return convolution

@@ -65,7 +65,8 @@ class SavedTokenizer:
             raise ValueError(f"{self.name} decodes to NaN; its weights are spoilt: train or download it again")
         self.num_images += len(pictures)
         counted = tokens[: self.num_still_counted(first, tokens[0].numel())]
-        self.counts.add(self.tokenizer.quantizer.code_numbers(counted))
+        height, width = (side // self.tokenizer.downsample_factor for side in pictures.shape[2:])
+        self.counts.add(self.tokenizer.quantizer.code_numbers(counted, (height, width)))
         self.reencode(pictures[: max(0, NUM_REENCODED - first)], tokens)
         return (decoded * 255).round().to(torch.uint8)
 

@@ -289,6 +289,10 @@ BOTTLENECKS = {  # of each member of QUANTIZERS the paper, and when to choose it
         "[Tian et al. 2024](https://arxiv.org/abs/2404.02905)",
         "a pyramid of grids for priors that predict scale after scale",
     ),
+    "hierarchical": (
+        "[Razavi et al. 2019](https://arxiv.org/abs/1906.00446)",
+        "a quarter more tokens, which come first: a coarse grid, and the fine one given it",
+    ),
 }
 
 ROWS = {

@@ -63,7 +63,8 @@ def test_of_structured_tokens_every_code_of_every_codebook_is_counted_and_every_
     rebuilt = saved.reconstruct(0, pictures)
     tokens = model.encode(pictures)
     assert torch.equal(rebuilt, (model.decode(tokens) * 255).round().byte())
-    row, sizes = saved.row(saved.sums(), 2, SIDE), {"residual": 96, "grouped": 64, "grouped residual": 128}
+    row = saved.row(saved.sums(), 2, SIDE)
+    sizes = {"residual": 96, "grouped": 64, "grouped residual": 128, "hierarchical": 64}
     assert row["bits_per_pixel"] == pytest.approx(tokens[0].numel() * 5 / SIDE**2)
     assert row["tokens_per_code"] == tokens.numel() / sizes.get(name, 32)
     assert row["changed_tokens"]["one picture at a time"] == 0

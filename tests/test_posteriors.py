@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import POSTERIORS
-from tokenizer.posteriors import MULTIPLIER_RATE, GaussianPosterior, draw_noise, gaussian_kl, gaussian_log_density
+from tokenizer.posteriors import GaussianPosterior
+from tokenizer.posteriors.base import MULTIPLIER_RATE
+from tokenizer.posteriors.normal import draw_noise, gaussian_kl, gaussian_log_density, noise_of
 
 DIM = 3
 
@@ -28,9 +30,12 @@ def posterior(request):
 
 def test_shapes_and_types_are_those_of_the_contract(posterior):
     output = posterior(encoded_of(1, num_moments=posterior.num_moments).bfloat16())
-    for each in (output.latents, output.mean, output.log_variance):
-        assert each.shape == (4, DIM, 2, 5)
-        assert each.dtype == torch.float32
+    assert output.levels[0].latents.shape == (4, DIM, 2, 5)
+    for level in output.levels:
+        for each in (level.mean, level.log_variance, level.prior_mean, level.prior_log_variance, level.kl):
+            assert each.shape == level.latents.shape
+            assert each.dtype == torch.float32
+    assert posterior.draw(3, (2, 5), torch.randn_like).shape == (3, DIM, 2, 5)
     assert all(loss.ndim == 0 and loss.dtype == torch.float32 for loss in output.losses.values())
 
 
@@ -38,7 +43,7 @@ def test_training_draws_and_eval_mode_takes_the_mean(posterior):
     encoded = encoded_of(1, num_moments=posterior.num_moments)
     assert not torch.equal(posterior(encoded).latents, posterior(encoded).latents)
     output = posterior.eval()(encoded)
-    assert torch.equal(output.latents, output.mean)
+    assert all(torch.equal(level.latents, level.mean) for level in output.levels)
 
 
 def test_eval_mode_moves_nothing(posterior):
@@ -54,6 +59,7 @@ def test_the_moments_do_not_depend_on_autocast(posterior):
         inside = posterior.eval()(encoded)
     assert torch.equal(inside.losses["kl"], posterior(encoded).losses["kl"])
     assert torch.equal(inside.mean, posterior(encoded).mean)
+    assert inside.latents.dtype == torch.float32
 
 
 def test_bad_hyperparameters_are_refused_and_the_rest_have_defaults(posterior):
@@ -62,26 +68,56 @@ def test_bad_hyperparameters_are_refused_and_the_rest_have_defaults(posterior):
         type(posterior)(0)
 
 
+def test_the_loss_is_the_kl_of_all_levels_and_components_meant_over_the_batch(posterior):
+    output = posterior(encoded_of(1, num_moments=posterior.num_moments))
+    expected = sum(level.kl.flatten(1).sum(1).mean() for level in output.levels)
+    torch.testing.assert_close(output.losses["kl"], expected)
+
+
+def test_every_channel_of_every_level_has_free_bits(posterior):
+    name = next(name for name, choice in POSTERIORS.items() if isinstance(posterior, choice))
+    posterior, encoded = POSTERIORS[name](DIM, free_bits=1e6), encoded_of(1, num_moments=posterior.num_moments)
+    num_channels = DIM * len(posterior(encoded).levels)
+    posterior.step()
+    loss = posterior(encoded.requires_grad_()).losses["kl"]
+    assert loss.item() == pytest.approx(1e6 * num_channels)
+    loss.backward()
+    assert all(each.grad.abs().sum() == 0 for each in (encoded, *posterior.parameters()))
+
+
+def test_a_generator_repeats_the_draws_of_the_prior(posterior):
+    one, two = (posterior.draw(3, (4, 4), noise_of(torch.Generator().manual_seed(0))) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(posterior.draw(3, (4, 4), noise_of(None)), posterior.draw(3, (4, 4), noise_of(None)))
+
+
 # The Gaussian's closed forms.
 
 
+NUMBERS, LOGARITHMS = st.floats(-3, 3), st.floats(-4, 2)
+
+
 @settings(max_examples=20, deadline=None)
-@given(mean=st.floats(-3, 3), log_variance=st.floats(-4, 2))
-def test_the_kl_is_the_monte_carlo_mean_of_the_log_ratio_and_that_of_torch(mean, log_variance):
+@given(mean=NUMBERS, log_variance=LOGARITHMS, prior=st.tuples(NUMBERS, LOGARITHMS) | st.none())
+def test_the_kl_is_the_monte_carlo_mean_of_the_log_ratio_and_that_of_torch(mean, log_variance, prior):
     mean, log_variance = torch.tensor(mean).double(), torch.tensor(log_variance).double()
+    given_prior = [] if prior is None else [torch.tensor(each).double() for each in prior]
+    prior_mean, prior_log_variance = given_prior or torch.zeros(2).double()
     deviation = (0.5 * log_variance).exp()
     draws = mean + deviation * torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ratios = gaussian_log_density(draws, mean, log_variance) - gaussian_log_density(draws, *torch.zeros(2).double())
-    found = gaussian_kl(mean, log_variance)
+    ratios = gaussian_log_density(draws, mean, log_variance)
+    ratios = ratios - gaussian_log_density(draws, prior_mean, prior_log_variance)
+    found = gaussian_kl(mean, log_variance, *given_prior)
     error = ratios.std() / len(draws) ** 0.5
     assert abs(ratios.mean() - found) < 5 * error + 1e-9
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mean, deviation), normal(0.0, 1.0))
+    priors = normal(prior_mean, (0.5 * prior_log_variance).exp())
+    expected = torch.distributions.kl_divergence(normal(mean, deviation), priors)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gaussian_log_density(draws, mean, log_variance), normal(mean, deviation).log_prob(draws))
 
 
-def test_the_loss_is_the_kl_of_an_image_over_all_components_meant_over_the_batch():
+def test_the_kl_of_a_gaussian_is_that_to_the_standard_normal_times_its_weight():
     encoded = encoded_of(1)
     mean, log_variance = encoded[:, :DIM], encoded[:, DIM:]
     expected = gaussian_kl(mean, log_variance).flatten(1).sum(1).mean()

@@ -15,7 +15,7 @@ from torch import nn
 
 from tokenizer import ImageVAE, VAEConfig
 from tokenizer.autoencoder import AUTOENCODERS
-from tokenizer.posteriors import gaussian_kl
+from tokenizer.posteriors.normal import gaussian_kl
 from train.losses import gaussian_nats
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings

@@ -14,9 +14,17 @@ from tokenizer import QUANTIZERS, ImageTokenizer
 from tokenizer.quantizers import search
 from tokenizer.quantizers.search import nearest_codes
 
+
+def between_levels(quantizer, latents):
+    """The networks of a hierarchy, which are linear until they are trained: no gradient depends on the codes."""
+    top = quantizer.from_top(quantizer.to_top(latents), latents.shape[2:])
+    return quantizer.merge(torch.cat([quantizer.to_bottom(torch.cat([latents, top], 1)), top], 1))
+
+
 BEFORE_ROUNDING = {
     "fsq": lambda quantizer, latents: quantizer.bound(latents) / 2,  # 4 levels in [-2, 1], their codes in [-1, 0.5]
     "bsq": lambda quantizer, latents: latents / latents.norm(dim=1, keepdim=True),
+    "hierarchical": between_levels,
 }
 
 

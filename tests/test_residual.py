@@ -227,7 +227,7 @@ def test_codes_are_numbered_by_the_codebook_that_they_belong_to():
         (GroupedQuantizer(DIM, inner | {"shared": True}), [0, 0, 16, 16]),
     ]:
         indices = quantizer(latents_of(1)).indices
-        numbers = quantizer.code_numbers(indices)
+        numbers = quantizer.code_numbers(indices, (3, 5))
         assert (numbers - indices)[0, 0, 0].tolist() == offsets
         assert quantizer.num_codes == max(offsets) + 16
         assert numbers.shape == indices.shape

@@ -18,6 +18,7 @@ from tokenizer import ImageTokenizer
 from train import token_prior
 from train.config import parse
 from train.encode_dataset import encode_dataset
+from train.evaluation import TokenizerExaminer
 from train.settings import PriorRun, StoreRun, TokenizerRun
 from train.token_store import TokenStore
 from train.vqvae import main
@@ -29,8 +30,9 @@ STRUCTURES = {
     "residual": ["depth=3", "quantizer_dropout=0.5"],
     "grouped": ["groups=2", "each.name=residual", "each.depth=2", "each.each.codebook_size=8"],
     "multiscale": ["scales=[1,2,5,8]", "num_convolutions=2"],
+    "hierarchical": ["width=8"],
 }
-SHAPES = {"residual": (8, 8, 3), "grouped": (8, 8, 4), "multiscale": (1 + 4 + 25 + 64,)}
+SHAPES = {"residual": (8, 8, 3), "grouped": (8, 8, 4), "multiscale": (1 + 4 + 25 + 64,), "hierarchical": (16 + 64,)}
 
 
 def settings(name: str, folder: str, output: object, *more: str) -> list[str]:
@@ -70,7 +72,6 @@ def test_a_run_trains_saves_loads_encodes_and_decodes(trained):
 
 def test_an_interrupted_run_goes_on_to_the_same_end(trained, picture_folder, tmp_path, monkeypatch):
     name, folder = trained
-    from train import vqvae
 
     class Interrupted(Exception):
         pass
@@ -80,7 +81,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(trained, picture_folder, tmp
 
     arguments = settings(name, picture_folder, tmp_path / "run", "steps=3", "eval_every=3")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(vqvae, "evaluate", interrupt)  # after the last step was taken, before its checkpoint
+        patch.setattr(TokenizerExaminer, "evaluate", interrupt)  # after the last step was taken, before its checkpoint
         train(arguments)
     train(arguments)
     assert_equal_runs(folder, tmp_path / "run")

@@ -19,6 +19,7 @@ STRUCTURES = {
     "grouped": {"name": "grouped", "groups": 2, "each": EACH},
     "grouped residual": {"name": "grouped", "groups": 2, "each": {"name": "residual", "depth": 2, "each": EACH}},
     "multiscale": {"name": "multiscale", "scales": [1, 2, 3, 5], "num_convolutions": 2, "each": EACH},
+    "hierarchical": {"name": "hierarchical", "width": 8, "each": EACH},
 }
 LAST_AXIS = {"residual": 3, "shared residual": 3, "grouped": 2, "grouped residual": 4}
 
@@ -49,8 +50,11 @@ def test_any_divisible_size_goes_to_its_tokens_and_back_to_the_bit(models, name,
     assert torch.equal(tokens, output.tokens)
     assert tokens.dtype == torch.int64
     assert 0 <= tokens.min() <= tokens.max() < model.vocab_size == 32
-    if name == "multiscale":
-        sides = [[max(1, int(side * scale / 5 + 0.5)) for side in (height, width)] for scale in (1, 2, 3, 5)]
+    if name in ("multiscale", "hierarchical"):
+        if name == "multiscale":
+            sides = [[max(1, int(side * scale / 5 + 0.5)) for side in (height, width)] for scale in (1, 2, 3, 5)]
+        else:
+            sides = [[-(-height // 2), -(-width // 2)], [height, width]]
         assert model.grids(size_of(images)) == [tuple(each) for each in sides]
         shape = (sum(rows * columns for rows, columns in sides),)
     else:
@@ -61,7 +65,7 @@ def test_any_divisible_size_goes_to_its_tokens_and_back_to_the_bit(models, name,
     assert model.tokens_per_image(size_of(images)) == tokens[0].numel()
     pictures = model.decode(tokens, size_of(images))
     assert torch.equal(pictures, output.reconstructions.clamp(0, 1))
-    if name != "multiscale" or height == width:
+    if not model.quantizer.multiscale or height == width:
         assert torch.equal(model.decode(tokens), pictures)
         assert torch.equal(model.decode(tokens[0]), model.decode(tokens[:1]))
 
@@ -178,6 +182,7 @@ REFUSED = [
     ("multiscale", (1, 2, 3), None, r"shape \(1, 2, 3\); the rule is \(B, L\) or \(L,\), none of them 0"),
     ("multiscale", (1, 12), None, r"no square picture has 12 tokens \(the nearest have 7 and 15\); give image_size="),
     ("multiscale", (1, 12), (6, 8), "not those of a grid of 3 x 4, as image_size says: it has 19, and 1, 3, 7 after"),
+    ("hierarchical", (1, 4), (6, 8), "as image_size says: it has 16, and no fewer after"),
 ]
 
 

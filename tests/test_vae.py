@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokenizer import ImageTokenizer, ImageVAE, VAEConfig
-from tokenizer.posteriors import gaussian_kl
+from tokenizer import POSTERIORS, ImageTokenizer, ImageVAE, VAEConfig
+from tokenizer.posteriors.normal import noise_of
 
 ANY_SIZE = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -28,9 +28,9 @@ def vae_of(seed: int = 0, **changes) -> ImageVAE:
     return model.eval()
 
 
-@pytest.fixture
-def vae() -> ImageVAE:
-    return vae_of()
+@pytest.fixture(params=sorted(POSTERIORS))
+def vae(request) -> ImageVAE:
+    return vae_of(posterior={"name": request.param})
 
 
 def images_of(seed: int, *shape: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_a_draw_has_the_posteriors_moments_and_its_generator_repeats_it(vae):
 def test_samples_are_decoded_draws_of_the_prior_of_any_size(vae):
     drawn = vae.sample(3, image_size=(8, 12), generator=seeded())
     assert drawn.shape == (3, 3, 8, 12)
-    assert torch.equal(drawn, vae.decode(torch.randn(3, 4, 4, 6, generator=seeded())))
+    assert torch.equal(drawn, vae.decode(vae.posterior.draw(3, (4, 6), noise_of(seeded()))))
     assert vae.sample(1, 6).shape == (1, 3, 6, 6)
     with pytest.raises(ValueError, match="image_size=7 must be a positive multiple of downsample_factor=2"):
         vae.sample(1, image_size=7)
@@ -94,7 +94,7 @@ def test_samples_are_decoded_draws_of_the_prior_of_any_size(vae):
 def test_the_loss_is_the_kl_in_nats_per_dimension(vae):
     for images in (images_of(1, 2, 3, 8, 8), images_of(1, 2, 3, 4, 12)):
         output = vae(images)
-        expected = gaussian_kl(output.mean, output.log_variance).sum() / images.numel()
+        expected = sum(level.kl.sum() for level in output.levels) / images.numel()
         torch.testing.assert_close(output.losses["kl"], expected)
 
 
@@ -168,7 +168,10 @@ def test_a_saved_model_comes_back_with_its_fingerprints_and_by_no_other_name(vae
     assert loaded.config == vae.config
     values = json.loads((tmp_path / "vae/config.json").read_text())
     assert values["model"] == "ImageVAE"
-    assert values["posterior"] == {"name": "gaussian", "beta": 1.0, "warmup": 0.0, "free_bits": 0.0, "kl_target": None}
+    weights, own = {"beta": 1.0, "warmup": 0.0, "free_bits": 0.0, "kl_target": None}, values["posterior"]
+    assert (
+        own == {"gaussian": {}, "ladder": {"num_levels": 2, "width": 64}}[own["name"]] | {"name": own["name"]} | weights
+    )
     assert "autoencoder.encoder.to_codes.weight" in load_file(tmp_path / "vae/model.safetensors")
     with pytest.raises(ValueError, match="model of class ImageVAE; load it with ImageVAE.from_pretrained"):
         ImageTokenizer.from_pretrained(tmp_path / "vae")

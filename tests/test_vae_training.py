@@ -33,6 +33,7 @@ TINY = [
     "model.autoencoder.latent_channels=8",
 ]
 TARGET = "model.posterior.kl_target=30"
+LADDER = ["model.posterior.name=ladder", "model.posterior.width=8"]
 train_vae = functools.partial(train_here, run=VAERun, tiny=TINY)
 
 
@@ -83,6 +84,41 @@ def test_the_log_tells_the_elbo_and_what_the_latents_know(finished):
     assert len({record["kl_weight"] for record in in_training}) == 10
 
 
+@pytest.fixture(scope="module")
+def climbed(picture_folder, tmp_path_factory) -> Path:
+    """The run of a ladder of three steps."""
+    output = tmp_path_factory.mktemp("ladder") / "run"
+    train_vae(picture_folder, output, *LADDER, "steps=3", "eval_every=3", "batch_size=8")
+    return output
+
+
+def test_a_ladder_tells_of_every_level_and_draws_through_its_prior(climbed):
+    vae = ImageVAE.from_pretrained(climbed)
+    assert vae.encode(torch.rand(1, 3, 16, 16)).shape == (1, 4, 8, 8)
+    drawn = [vae.sample(2, 16, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert drawn[0].shape == (2, 3, 16, 16)
+    assert torch.equal(*drawn)
+    for record in records(climbed):
+        levels = [record[f"kl_nats_level_{index}"] for index in (1, 2)]
+        assert sum(levels) == pytest.approx(record["kl_nats"], rel=1e-5)
+    evaluated = records(climbed)[-1]
+    channels = [evaluated[f"kl_nats_channel_{index}"] for index in range(8)]
+    assert sum(channels[:4]) == pytest.approx(evaluated["kl_nats_level_1"])
+    assert sum(channels[4:]) == pytest.approx(evaluated["kl_nats_level_2"])
+    assert [evaluated[f"num_units_level_{index}"] for index in (1, 2)] == [4 * 8 * 8, 4 * 4 * 4]
+    assert evaluated["num_units"] == 4 * 8 * 8 + 4 * 4 * 4
+    assert sum(evaluated[f"active_units_level_{index}"] for index in (1, 2)) == evaluated["active_units"]
+    assert "Level 1 is what the decoder takes" in (climbed / "README.md").read_text()
+
+
+def test_two_ranks_equal_one_with_twice_the_batch_on_every_level(climbed, picture_folder, tmp_path):
+    program = [sys.executable, *TWO_RANKS, str(ROOT / "train" / "vae.py"), *TINY, *LADDER, "steps=3", "eval_every=3"]
+    done = run([*program, f"data={picture_folder}", f"output_dir={tmp_path / 'two'}", "num_workers=0"])
+    assert done.returncode == 0, done.stderr
+    assert_close_runs(climbed, tmp_path / "two")
+    assert records(climbed)[-1] == pytest.approx(records(tmp_path / "two")[-1], rel=1e-2, abs=1e-3)
+
+
 def test_two_ranks_equal_one_with_twice_the_batch(finished, picture_folder, tmp_path):
     program = [sys.executable, *TWO_RANKS, str(ROOT / "train" / "vae.py"), *TINY, TARGET]
     done = run([*program, f"data={picture_folder}", f"output_dir={tmp_path / 'two'}"])
@@ -95,7 +131,9 @@ def test_two_ranks_equal_one_with_twice_the_batch(finished, picture_folder, tmp_
         assert one[key] == pytest.approx(two[key], rel=1e-2, abs=1e-3), key
 
 
-@pytest.mark.parametrize("settings", [[TARGET], ["model.posterior.warmup=0.5", "model.posterior.free_bits=3"]])
+@pytest.mark.parametrize(
+    "settings", [[TARGET], ["model.posterior.warmup=0.5", "model.posterior.free_bits=3"], [*LADDER, TARGET]]
+)
 def test_a_run_resumes_to_the_bit_its_noise_and_its_weight_included(settings, picture_folder, tmp_path, monkeypatch):
     assert_resumes_to_the_bit(picture_folder, settings, tmp_path, monkeypatch, train_vae)
 
@@ -112,6 +150,12 @@ def test_collapse_is_warned_of(picture_folder, tmp_path, caplog):
     train_vae(picture_folder, tmp_path / "run", "model.posterior.beta=1000", "steps=30", "average.decay=0")
     assert "posterior collapse at step" in caplog.text
     assert "model.posterior.kl_target" in caplog.text
+
+
+def test_the_level_that_collapses_is_named(picture_folder, tmp_path, caplog):
+    train_vae(picture_folder, tmp_path / "run", *LADDER, "model.posterior.beta=1000", "steps=30", "average.decay=0")
+    assert "of the latents of level 1 differ" in caplog.text
+    assert "of the latents of level 2 differ" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tokenizer import QUANTIZERS
 NUM_STEPS = 8
 # Where they apply: fewer codes than vectors, or rounding decides between twins; and a revival at nearly every step.
 SETTINGS = {"codebook_size": 32, "revival_threshold": 0.5}
+SETTINGS["each"] = {"name": "ema_vq", **SETTINGS}
 
 
 class Compressor(nn.Module):

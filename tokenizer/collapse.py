@@ -8,14 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-from .posteriors import gaussian_kl, gaussian_log_density
+from .posteriors.normal import gaussian_log_density
 
 ACTIVE_VARIANCE = 0.01  # of a latent's posterior mean over the images (Burda et al. 2015, arXiv:1509.00519, section 5)
 
 
-def kl_per_channel(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL to N(0, I) in nats per image of each channel (D,), summed over its positions, from (N, D, h, w) twice."""
-    return gaussian_kl(mean, log_variance).sum((2, 3)).mean(0)
+def kl_per_channel(kl: Tensor) -> Tensor:
+    """KL in nats per image of each channel (D,), summed over its positions, from that of each latent (N, D, h, w)."""
+    return kl.sum((2, 3)).mean(0)
 
 
 def active_units(mean: Tensor) -> Tensor:

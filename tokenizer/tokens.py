@@ -92,6 +92,8 @@ def scaled_grid(shape: tuple[int, ...], quantizer: Quantizer, grid_size: tuple[i
         return squares[length], squares[length]
     sizes = [height * width for height, width in quantizer.grids(*grid_size)]
     lengths = [sum(sizes[: count + 1]) for count in range(len(sizes))]
+    if not quantizer.coarse_to_fine:
+        lengths = lengths[-1:]
     if length not in lengths:
         raise ValueError(
             f"tokens of shape {shape} are not those of a grid of {grid_size[0]} x {grid_size[1]}, as image_size says: "

@@ -13,7 +13,8 @@ from .choices import build
 from .config import VAEConfig
 from .image_model import ImageModel
 from .images import Images
-from .posteriors import POSTERIORS, Posterior
+from .posteriors import POSTERIORS, Posterior, PosteriorOutput
+from .posteriors.normal import Level, Noise, noise_of
 
 USAGE = """
 from PIL import Image
@@ -27,16 +28,17 @@ drawn = vae.sample(4, image_size=pictures.shape[2:])  # float (4, C, H, W) in [0
 
 
 @dataclass
-class VAEOutput:
+class VAEOutput(PosteriorOutput):
+    """That of the posterior, with its losses in nats per dimension (channel of a pixel)."""
+
     reconstructions: Tensor  # (B, C, H, W) float32 on the [0, 1] scale, not clamped
-    latents: Tensor  # (B, D, h, w) float32: drawn from q(z|x) in training, its mean in eval mode
-    mean: Tensor  # (B, D, h, w) float32, of q(z|x)
-    log_variance: Tensor  # (B, D, h, w) float32, of q(z|x)
-    losses: dict[str, Tensor]  # named scalars of the posterior, weighted, in nats per dimension (channel of a pixel)
 
 
 class ImageVAE(ImageModel):
-    """VAE (Kingma and Welling 2013, arXiv:1312.6114) on a grid of latents: encoder, posterior, prior N(0, I), decoder.
+    """VAE (Kingma and Welling 2013, arXiv:1312.6114) on a grid of latents: encoder, posterior, its prior, decoder.
+
+    The prior is N(0, I), or with a posterior of several levels that of the level above; the latents here are those of
+    the lowest level, which alone are decoded.
 
     The decoder gives the mean of p(x|z); its deviation belongs to the likelihood and so to the training loss. In nats
     per dimension, that loss and `losses` with a KL weight of 1 are together the negative ELBO.
@@ -61,14 +63,27 @@ class ImageVAE(ImageModel):
         self.check_forward(images)
         found = self.posterior(self.encode_latents(images))
         losses = {name: loss / images[0].numel() for name, loss in found.losses.items()}
-        return VAEOutput(self.decode_latents(found.latents), found.latents, found.mean, found.log_variance, losses)
+        return VAEOutput(found.levels, losses, self.decode_latents(found.latents))
 
     @torch.no_grad()
-    def moments(self, images: Images, resize: int | Literal["config"] | None = "config") -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x), (B, D, h, w) float32 each, of whatever `encode` takes."""
+    def levels(
+        self, images: Images, noise: Noise = torch.zeros_like, resize: int | Literal["config"] | None = "config"
+    ) -> list[Level]:
+        """Every level of latents under q(z|x), the decoder's first, of whatever `encode` takes.
+
+        `noise` is asked for the standard normal noise of each level, by default nought, so that latents are means.
+        """
         batch = self.prepared(images, resize)
         with self.evaluating():
-            return self.posterior.moments(self.encode_latents(batch))
+            return self.posterior.infer(self.encode_latents(batch), noise)
+
+    def moments(self, images: Images, resize: int | Literal["config"] | None = "config") -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), (B, D, h, w) float32 each, of whatever `encode` takes.
+
+        With several levels, those given the means of the levels above.
+        """
+        lowest = self.levels(images, resize=resize)[0]
+        return lowest.mean, lowest.log_variance
 
     def encode(
         self,
@@ -79,13 +94,11 @@ class ImageVAE(ImageModel):
     ) -> Tensor:
         """Images to latents (B, D, h, w) float32 on the model's device: the mean of q(z|x), or with `sample` a draw.
 
+        With several levels they are those of the lowest, given the means, or draws, of the levels above.
         Takes what `ImageTokenizer.encode` takes and prepares it alike; ValueError for anything else. `generator`, of
         the CPU, makes the draw repeatable.
         """
-        mean, log_variance = self.moments(images, resize)
-        if not sample:
-            return mean
-        return mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+        return self.levels(images, noise_of(generator) if sample else torch.zeros_like, resize)[0].latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -106,15 +119,17 @@ class ImageVAE(ImageModel):
         with self.evaluating():
             return self.decode_latents(batch.to(self.device)).clamp(0, 1)
 
+    @torch.no_grad()
     def sample(
         self, num_samples: int, image_size: int | tuple[int, int], generator: torch.Generator | None = None
     ) -> Tensor:
-        """Images (num_samples, C, H, W) in [0, 1] of (H, W) pixels, or square ones, from latents drawn from N(0, I).
+        """Images (num_samples, C, H, W) in [0, 1] of (H, W) pixels, or square ones, from latents drawn from the prior.
 
         They are means of p(x|z), without its noise. `generator`, of the CPU, makes them repeatable. Raises ValueError
         for a size that the factor does not divide.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
-        shape = (num_samples, self.config.latent_dim, *self.grid_size(image_size))
-        return self.decode(torch.randn(shape, generator=generator))
+        grid_size = self.grid_size(image_size)
+        with self.evaluating():
+            return self.decode(self.posterior.draw(num_samples, grid_size, noise_of(generator)))

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -123,7 +124,7 @@ class TokenizerExaminer(Examiner):
         super().__init__(model, *arguments)
         self.window = UsageWindow(model.quantizer.num_codes)
         self.accelerator.register_for_checkpointing(self.window)
-        self.code_numbers = model.quantizer.code_numbers
+        self.code_numbers = partial(model.quantizer.code_numbers, grid_size=model.grid_size(self.config.image_size))
         self.vocab_size, self.tokens_per_image = model.vocab_size, model.tokens_per_image(self.config.image_size)
 
     def add(self, output: TokenizerOutput) -> None:

@@ -6,6 +6,7 @@ from .ema_vq import EMAVectorQuantizer
 from .fsq import FiniteScalarQuantizer
 from .grouped import GroupedQuantizer
 from .gumbel_vq import GumbelVectorQuantizer
+from .hierarchical import HierarchicalQuantizer
 from .ibq import IndexBackpropagationQuantizer
 from .lfq import LookupFreeQuantizer
 from .multiscale import MultiscaleQuantizer
@@ -27,6 +28,7 @@ QUANTIZERS = {
     "residual": ResidualQuantizer,
     "grouped": GroupedQuantizer,
     "multiscale": MultiscaleQuantizer,
+    "hierarchical": HierarchicalQuantizer,
 }
 
 __all__ = [

@@ -51,8 +51,11 @@ class Quantizer(nn.Module, ABC):
         """Number of different codes: `vocab_size`, times the codebooks where each has codes of its own."""
         return self.vocab_size
 
-    def code_numbers(self, indices: Tensor) -> Tensor:
-        """Which of the `num_codes` codes each index stands for, in the same shape; what usage is counted by."""
+    def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """Which of the `num_codes` codes each index stands for, in the same shape; what usage is counted by.
+
+        `grid_size` (h, w) is that of the latents, which indices (B, L) do not tell.
+        """
         return indices
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:

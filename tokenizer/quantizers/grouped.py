@@ -48,12 +48,10 @@ class GroupedQuantizer(Quantizer):
     def num_codes(self) -> int:
         return sum(part.num_codes for part in self.parts)
 
-    def code_numbers(self, indices: Tensor) -> Tensor:
+    def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         chunks = indices.chunk(len(self.parts), dim=-1)
-        numbered = zip(self.parts, chunks, strict=True)
-        return torch.cat(
-            [part.code_numbers(each) + part.num_codes * group for group, (part, each) in enumerate(numbered)], dim=-1
-        )
+        numbered = [part.code_numbers(each, grid_size) for part, each in zip(self.parts, chunks, strict=True)]
+        return torch.cat([each + self.parts[0].num_codes * group for group, each in enumerate(numbered)], dim=-1)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         chunks = latents.float().chunk(len(self.parts), dim=1)

@@ -4,7 +4,7 @@ VAR, Tian et al. 2024, arXiv:2404.02905, algorithms 1 and 2; convolutions mixed 
 Shapes: B batch, D codebook_dim, h w grid sides, S scales, L places of all scales together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..resampling import one_by_one
 from .base import Quantizer, QuantizerOutput
 from .parts import DEFAULT_PART, build_part, check_codebook_dim, evaluated, place_shared
 
@@ -145,13 +146,6 @@ def identity_convolution(channels: int) -> nn.Conv2d:
     nn.init.dirac_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     return convolution
-
-
-def one_by_one(convert: Callable[[Tensor], Tensor], batch: Tensor, training: bool) -> Tensor:
-    """`convert` of a batch; on a CPU, unless it trains, picture by picture: convolutions round by the batch's size."""
-    if training or batch.device.type != "cpu":
-        return convert(batch)
-    return torch.cat([convert(each) for each in batch.split(1)])
 
 
 def shrunk(latents: Tensor, grid: tuple[int, int]) -> Tensor:

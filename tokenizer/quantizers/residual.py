@@ -68,7 +68,7 @@ class ResidualQuantizer(Quantizer):
     def num_codes(self) -> int:
         return self.vocab_size * len(self.parts)
 
-    def code_numbers(self, indices: Tensor) -> Tensor:
+    def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         stages = torch.arange(self.num_codebooks, device=indices.device)
         return indices + self.vocab_size * (stages % len(self.parts))
 

@@ -26,7 +26,7 @@ class ClassShift(nn.Module):
 
     That is what one-hot planes of the class beside a convolution's input come to, but for its padded border: so the
     class is a known input of encoder and decoder (Sohn et al. 2015, "Learning structured output representation using
-    deep conditional generative models", equation 4).
+    deep conditional generative models").
     """
 
     def __init__(self, num_classes: int, channels: int):

@@ -42,9 +42,9 @@ class ImageVAE(ImageModel):
     The decoder gives the mean of p(x|z); its deviation belongs to the likelihood and so to the training loss. In nats
     per dimension, that loss and `losses` with a KL weight of 1 are together the negative ELBO.
 
-    With `num_classes` it is the conditional VAE (Sohn et al. 2015): encoder and decoder are told the class y of each
-    image, `labels` (B,), or one number for all; the prior of the latents stays N(0, I) for every class (section 3.1
-    of Kingma et al. 2014, arXiv:1406.5298), and the ELBO is that of p(x|y).
+    With `num_classes` it is a conditional VAE (Sohn et al. 2015): encoder and decoder are told the class y of each
+    image, `labels` (B,), or one number for all. The prior is N(0, I) for every class, as in model M2 of Kingma et al.
+    2014, arXiv:1406.5298, and the ELBO bounds log p(x|y).
     """
 
     config_class = VAEConfig

@@ -51,12 +51,15 @@ class VAEExaminer(Examiner):
         """PSNR of decode(encode(x)) and the ELBO on whole validation pictures; the latents on training crops."""
         device = self.accelerator.device
         totals = torch.zeros(4, device=device)  # sums over the pictures: PSNR, nats, nats of KL per dimension, 1
-        for images in self.pictures(model):
+        for images, labels in self.pictures(model):
             originals = images.float() / 255
-            mean, log_variance = model.moments(images)
-            drawn = model.decode(mean + (0.5 * log_variance).exp() * self.same_noise(mean)).cpu()
+            mean, log_variance = model.moments(images, labels=labels)
+            drawn = model.decode(mean + (0.5 * log_variance).exp() * self.same_noise(mean), labels).cpu()
             kl = gaussian_kl(mean, log_variance).sum((1, 2, 3)) / originals[0].numel()
-            scores, nats = psnr(model.decode(mean).cpu(), originals), self.reconstruction_loss.nats(drawn, originals)
+            scores, nats = (
+                psnr(model.decode(mean, labels).cpu(), originals),
+                self.reconstruction_loss.nats(drawn, originals),
+            )
             totals += torch.tensor([scores.sum(), nats.sum(), kl.sum(), len(scores)], device=device)
         mean_psnr, nats, kl = self.mean_over_pictures(totals)
         return {"psnr": mean_psnr} | self.elbo(nats, kl) | self.knowledge(model)
@@ -70,7 +73,9 @@ class VAEExaminer(Examiner):
         """What the latents know of training crops: KL, of each channel too, active units, mutual information."""
         crops, parts, number = self.crops(), [], 0
         while number < NUM_CROPS:
-            both = self.accelerator.gather(torch.stack(model.moments(next(crops)), dim=1))  # (B, 2, D, h, w)
+            batch = next(crops)
+            both = torch.stack(model.moments(batch.crops, labels=batch.labels), dim=1)  # (B, 2, D, h, w)
+            both = self.accelerator.gather(both)
             parts.append(both)
             number += len(both)
         mean, log_variance = torch.cat(parts).cpu().unbind(1)
@@ -101,11 +106,11 @@ class VAEExaminer(Examiner):
                 100 * share,
             )
 
-    def sample_rows(self, model: ImageVAE, images: Tensor) -> list[Tensor]:
-        """The pictures, their reconstructions, and two rows of samples of the prior."""
+    def sample_rows(self, model: ImageVAE, images: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The pictures, their reconstructions, and two rows of samples of the prior, of the same classes."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        drawn = [model.sample(len(images), images.shape[2:], generator) for _ in range(2)]
-        return [images.float() / 255, model.decode(model.encode(images)), *drawn]
+        drawn = [model.sample(len(images), images.shape[2:], generator, labels) for _ in range(2)]
+        return [images.float() / 255, model.decode(model.encode(images, labels=labels), labels), *drawn]
 
     @classmethod
     def measured_on(cls, config: VAERun, metrics: dict[str, float]) -> str:

@@ -56,10 +56,8 @@ class VAEExaminer(Examiner):
             mean, log_variance = model.moments(images, labels=labels)
             drawn = model.decode(mean + (0.5 * log_variance).exp() * self.same_noise(mean), labels).cpu()
             kl = gaussian_kl(mean, log_variance).sum((1, 2, 3)) / originals[0].numel()
-            scores, nats = (
-                psnr(model.decode(mean, labels).cpu(), originals),
-                self.reconstruction_loss.nats(drawn, originals),
-            )
+            scores = psnr(model.decode(mean, labels).cpu(), originals)
+            nats = self.reconstruction_loss.nats(drawn, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), kl.sum(), len(scores)], device=device)
         mean_psnr, nats, kl = self.mean_over_pictures(totals)
         return {"psnr": mean_psnr} | self.elbo(nats, kl) | self.knowledge(model)

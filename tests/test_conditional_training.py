@@ -137,7 +137,7 @@ def colour_under(model: ImageModel, code: torch.Tensor, label: int) -> int:
     return model.decode(code, labels=label).mean((0, 2, 3)).argmax().item()
 
 
-SHORT = ["image_size=16", "steps=100", "batch_size=8", "eval_every=100", "save_every=100", "average.decay=0"]
+SHORT = ["image_size=16", "steps=150", "batch_size=8", "eval_every=150", "save_every=150", "average.decay=0"]
 SHORT += ["learning_rate=1e-2", "data_options.flip=false", "model.autoencoder.patch_size=8"]
 NARROW = {  # little room in the bottleneck for what the class says already
     ImageTokenizer: ["model.codebook_dim=1", "model.quantizer.codebook_size=2"],

@@ -1,6 +1,7 @@
 """Generated pictures of one shape each, every combination of five factors: what disentanglement is measured on.
 
-After dSprites (Matthey et al. 2017), with colour in place of rotation. Shapes: N pictures of S pixels a side, K factors.
+After dSprites (Matthey et al. 2017), with colour in place of rotation. Shapes: N pictures of S
+pixels a side, K factors.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ def all_shapes() -> Shapes:
     factors = torch.tensor(list(product(*(range(len(values)) for values in FACTORS.values()))))
     outline, colour, size, x, y = factors.T
     radius, centre_x, centre_y = (
-        torch.tensor(values)[numbers][:, None, None]
-        for values, numbers in ((RADII, size), (CENTRES, x), (CENTRES, y))
+        torch.tensor(values)[numbers][:, None, None] for values, numbers in ((RADII, size), (CENTRES, x), (CENTRES, y))
     )
     places = torch.arange(SIDE) + 0.5
     right, down = places[None, None] - centre_x, places[None, :, None] - centre_y  # (N, 1, S) and (N, S, 1)

@@ -80,7 +80,6 @@ def test_each_factor_shows_in_its_own_way():
     total = light.sum((1, 2))
     outline, colour, size, x, y = shapes.factors.T
     across, down = ((light.sum(axis) * places).sum(1) / total for axis in (1, 2))
-    assert torch.equal(across.argsort(stable=True)[[0, -1]].new_tensor(x[across.argsort()[[0, -1]]].tolist()), torch.tensor([0, 7]))
     for step in range(7):  # the centre of gravity moves with x and with y alone
         assert across[x == step].max() < across[x == step + 1].min() + 1e-3
     symmetric = outline < 2

@@ -19,6 +19,13 @@ from test_data import flat, numbers, png, write_parquet
 from test_vae_training import TINY as TINY_VAE
 from test_vqvae import assert_resumes_to_the_bit, train_here
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
+
+from contenders import SavedTokenizer
+from generation import GenerationRun, reconstructed
+from labelled_images import LabelledImages
+from quantizers import checked
+
 from tokenizer import ImageTokenizer, ImageVAE
 from tokenizer.image_model import ImageModel
 from train import token_prior
@@ -221,3 +228,21 @@ def test_a_prior_draws_through_a_conditional_tokenizer_by_class_and_never_withou
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UserError, match="decodes by the class of a picture, and conditional=false would draw"):
         token_prior.main(parse(PriorRun, [*given[:2], f"output_dir={tmp_path / 'other'}", "conditional=false"]))
+
+
+# In the benchmarks.
+
+
+def test_pictures_are_reconstructed_under_their_classes(conditional):
+    tokenizer = ImageTokenizer.from_pretrained(conditional)
+    pixels, labels = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 2, 1, 0, 2])
+    rebuilt = reconstructed(tokenizer, LabelledImages(pixels, labels), GenerationRun(batch_size=2))
+    expected = tokenizer.decode(tokenizer.encode(pixels, labels=labels), labels=labels)
+    assert torch.equal(rebuilt.pixels, (expected * 255).round().to(torch.uint8))
+
+
+def test_what_measures_pictures_alone_refuses_a_conditional_tokenizer_at_the_door(conditional):
+    with pytest.raises(ValueError, match="must be told the class of each picture, and here pictures are all"):
+        SavedTokenizer(conditional, torch.device("cpu"))
+    with pytest.raises(UserError, match="model.num_classes=10 must be 0: pictures are measured without labels"):
+        checked("model.num_classes=10")

@@ -32,7 +32,7 @@ from train.vqvae import check_model
 from train.vqvae import main as train_model
 
 SHARED = (
-    "steps=700 batch_size=32 learning_rate=3e-3 eval_every=700 save_every=700 loss.sigma=0.1 model.latent_dim=6 "
+    "steps=600 batch_size=32 learning_rate=3e-3 eval_every=600 save_every=600 loss.sigma=0.1 model.latent_dim=6 "
     "model.autoencoder.patch_size=8 model.autoencoder.base_channels=32 model.autoencoder.channel_multipliers=[1,2,4]"
 )
 FIXED = [f"image_size={SIDE}", "num_workers=0", "data_options.flip=false", "split=train", "eval_split=validation"]
@@ -44,7 +44,7 @@ HELD_OUT = 10  # one picture in so many validates
 class LatentsRun:
     """Settings of benchmarks/latents.py."""
 
-    betas: list[float] = field(default_factory=lambda: [1e-6, 1.0, 4.0])  # weights of the KL, a model for each
+    betas: list[float] = field(default_factory=lambda: [1e-6, 1.0, 16.0])  # weights of the KL, a model for each
     shared: str = SHARED  # arguments of train/vae.py that all models have
     seed: int = 0  # of everything random
 

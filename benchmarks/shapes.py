@@ -53,5 +53,5 @@ def square(right: Tensor, down: Tensor, radius: Tensor) -> Tensor:
 
 def triangle(right: Tensor, down: Tensor, radius: Tensor) -> Tensor:
     """Pointing up, as wide as it is high."""
-    sides = (2 * right.abs() + down - radius) / 5**0.5
+    sides = (2 * right.abs() - down - radius) / 5**0.5
     return torch.maximum(sides, down - radius)

@@ -13,7 +13,7 @@ from sklearn.metrics import mutual_info_score
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
 from disentanglement import NUM_BINS, discretised, entropy, mutual_information, mutual_information_gap
-from shapes import FACTORS, SIDE, all_shapes
+from shapes import FACTORS, RADII, SIDE, all_shapes
 
 
 @settings(max_examples=20, deadline=None)
@@ -85,7 +85,15 @@ def test_each_factor_shows_in_its_own_way():
     symmetric = outline < 2
     for step in range(7):
         assert down[symmetric & (y == step)].max() < down[symmetric & (y == step + 1)].min() + 1e-3
-    covered = (light > 0).sum((1, 2))
+    covered, radius = (light > 0).sum((1, 2)), torch.tensor(RADII)[size]
+    for values, centres in ((light.amax(1), x), (light.amax(2), y)):  # nothing is lit beyond the radius
+        beyond = (places - (10 + 12 * centres / 7)[:, None]).abs() > radius[:, None] + 1
+        assert (values[beyond] == 0).all()
+    widths = (light[(outline == 2) & (size == 2)] > 0).sum(2)  # (N, S): a triangle grows wider downwards
+    for rows in widths:
+        lit = rows[rows > 0][:-1]
+        assert (lit.diff() >= 0).all()
+        assert lit[-1] > 3 * lit[0]
     for kind in range(3):
         areas = [covered[(outline == kind) & (size == number)].double().mean() for number in range(3)]
         assert areas == sorted(areas)

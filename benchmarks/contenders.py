@@ -45,6 +45,8 @@ class SavedTokenizer:
     def __init__(self, name: str, device: torch.device):
         self.name = name
         self.tokenizer = (DiffusersTokenizer if is_vq_model(name) else ImageTokenizer.from_pretrained)(name).to(device)
+        if self.tokenizer.config.num_classes:
+            raise ValueError(f"{name} must be told the class of each picture, and here pictures are all it is given")
         self.perceptual_loss = perceptual_loss_of(name)
         self.counts = TokenCounts(self.tokenizer.quantizer.num_codes)
         self.num_images, self.seconds = 0, {"encoded": 0.0, "decoded": 0.0}

@@ -36,7 +36,7 @@ class DiffusersTokenizer(nn.Module):
         self.model = VQModel.from_pretrained(folder).eval()
         self.vocab_size = self.model.config.num_vq_embeddings
         self.downsample_factor = 2 ** (len(self.model.config.block_out_channels) - 1)
-        self.config = SimpleNamespace(image_channels=self.model.config.in_channels)
+        self.config = SimpleNamespace(image_channels=self.model.config.in_channels, num_classes=0)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

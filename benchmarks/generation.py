@@ -130,7 +130,7 @@ def draw(
         tokens = prior.generate(labels, **settings, generator=generator, progress=True)
     tokens = tokens.cpu()  # waits for the device
     drawn = time.perf_counter()
-    pixels = in_batches(tokenizer.decode, tokens, config.batch_size)
+    pixels = in_batches(lambda part, told: tokenizer.decode(part, labels=told), tokens, labels, tokenizer, config)
     ended = time.perf_counter()
     speed = {
         "tokens_per_second": tokens.numel() / (drawn - begun),
@@ -139,19 +139,29 @@ def draw(
     return LabelledImages(pixels, labels), speed
 
 
-def in_batches(make_pictures: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
-    """Pictures in [0, 1], made a batch at a time, as uint8 (N, C, S, S) on the CPU."""
-    made = (make_pictures(part) for part in inputs.split(batch_size))
+def in_batches(
+    make_pictures: Callable[[Tensor, Tensor | None], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    tokenizer: ImageTokenizer,
+    config: GenerationRun,
+) -> Tensor:
+    """Pictures in [0, 1], made a batch at a time, as uint8 (N, C, S, S) on the CPU; a conditional tokenizer is told.
+
+    That is the labels (N,), a batch beside that of the inputs.
+    """
+    parts = zip(inputs.split(config.batch_size), labels.split(config.batch_size), strict=True)
+    made = (make_pictures(part, told if tokenizer.config.num_classes else None) for part, told in parts)
     return torch.cat([(pictures * 255).round().to(torch.uint8).cpu() for pictures in made])
 
 
 def reconstructed(tokenizer: ImageTokenizer, images: LabelledImages, config: GenerationRun) -> LabelledImages:
     """The pictures after decode(encode(picture)), with their classes."""
 
-    def rebuild(pixels: Tensor) -> Tensor:
-        return tokenizer.decode(tokenizer.encode(pixels))
+    def rebuild(pixels: Tensor, labels: Tensor | None) -> Tensor:
+        return tokenizer.decode(tokenizer.encode(pixels, labels=labels), labels=labels)
 
-    return LabelledImages(in_batches(rebuild, images.pixels, config.batch_size), images.labels)
+    return LabelledImages(in_batches(rebuild, images.pixels, images.labels, tokenizer, config), images.labels)
 
 
 def classified(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from recording import ROOT, command_line, public_settings, record
-from trained_tokenizers import TrainedRun, figures_of_all, read_pictures, summaries, train_ours
+from trained_tokenizers import TrainedRun, check_unconditional, figures_of_all, read_pictures, summaries, train_ours
 
 from train.config import UserError, launch, parse
 from train.settings import TokenizerRun, require
@@ -62,6 +62,7 @@ def checked(arguments: str) -> TokenizerRun:
         check_model(run)
     except UserError as error:
         raise UserError(f"{arguments}: {error}") from None
+    check_unconditional(arguments)
     return run
 
 

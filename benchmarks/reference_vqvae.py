@@ -21,7 +21,16 @@ from recording import ROOT, circumstances, command_line, num_parameters, public_
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from trained_tokenizers import Pictures, TrainedRun, figures_of_all, measured, read_pictures, summaries, train_ours
+from trained_tokenizers import (
+    Pictures,
+    TrainedRun,
+    check_unconditional,
+    figures_of_all,
+    measured,
+    read_pictures,
+    summaries,
+    train_ours,
+)
 
 from tokenizer.metrics import perplexity
 from train.config import launch
@@ -141,6 +150,8 @@ def main(name: str, config: ReferenceRun, root: Path = ROOT) -> None:
     """Train what is not trained yet, measure everything, and write the record under `root`."""
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
+    for model in config.models:
+        check_unconditional(model)
     pictures = read_pictures(config, channels=3, side=SIDE)
     makers = {REFERENCE: partial(train_reference, pictures, config.steps)} if config.steps else {}
     makers |= {model: partial(train_ours, model, pictures, config) for model in config.models}

@@ -27,10 +27,10 @@ from torch import Tensor
 from tokenizer import ImageTokenizer
 from tokenizer.pretrained import written_whole
 from train.checkpoint import SETTINGS_NAME
-from train.config import UserError
+from train.config import UserError, parse
 from train.counting import TokenCounts
 from train.progress import METRICS_NAME
-from train.settings import SourceSettings, ThreadSettings, require
+from train.settings import SourceSettings, ThreadSettings, TokenizerRun, require
 from train.sources import open_splits, reading
 
 Maker = Callable[[Path, int], dict[str, Any]]  # a folder and a seed to the figures of the model trained there
@@ -103,6 +103,13 @@ def figures_of_all(folder: Path, makers: dict[str, Maker], seeds: list[int]) -> 
 def folder_name(model: str) -> str:
     """What tells the arguments of a model from all others, as the name of a folder."""
     return re.sub(r"[^\w.=-]+", "_", model.removeprefix("train/presets/"))
+
+
+def check_unconditional(arguments: str) -> None:
+    """Raise UserError where the arguments ask for a model that must be told classes, which nothing here tells it."""
+    num_classes = parse(TokenizerRun, shlex.split(arguments)).model.num_classes
+    if num_classes:
+        raise UserError(f"{arguments}: model.num_classes={num_classes} must be 0: pictures are measured without labels")
 
 
 def train_ours(arguments: str, pictures: Pictures, config: TrainedRun, path: Path, seed: int) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from recording import ROOT, record
 
 from train.config import parse
-from train.settings import PriorRun, StoreRun, TokenizerRun
+from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
 
-SETTINGS = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
+SETTINGS = {"vqvae": TokenizerRun, "vae": VAERun, "encode_dataset": StoreRun, "token_prior": PriorRun}
 
 
 def main(name: str, program: str, arguments: list[str]) -> None:
@@ -41,8 +41,8 @@ def main(name: str, program: str, arguments: list[str]) -> None:
     record(f"{stem}_{name}", {"command": command, **figures})
 
 
-def tokenizer_figures(folder: Path) -> dict[str, object]:
-    """The last evaluation of a tokenizer's run, and its best speed."""
+def autoencoder_figures(folder: Path) -> dict[str, object]:
+    """The last evaluation of a run of a model of images, and its best speed."""
     records = records_of(folder)
     speeds = [each["images_per_second"] for each in records if "images_per_second" in each]
     return {"metrics": [each for each in records if "psnr" in each][-1], "images_per_second": max(speeds)}
@@ -62,7 +62,12 @@ def prior_figures(folder: Path) -> dict[str, object]:
     return {"metrics": min(evaluations, key=lambda each: each["bits_per_token"]), "tokens_per_second": max(speeds)}
 
 
-READERS = {"vqvae": tokenizer_figures, "encode_dataset": store_figures, "token_prior": prior_figures}
+READERS = {
+    "vqvae": autoencoder_figures,
+    "vae": autoencoder_figures,
+    "encode_dataset": store_figures,
+    "token_prior": prior_figures,
+}
 
 
 def records_of(folder: Path) -> list[dict[str, float]]:

@@ -108,7 +108,7 @@ def write_tar(path: Path, content: list[bytes]) -> None:
 def take(config: TokenizerRun, number: int, done: int = 0, known: set[str] = frozenset()) -> list[Any]:
     """The batches `done`, `done + 1`, ... `done + number - 1`: crops and the names of unreadable images."""
     batches = training_batches(open_sources(config)[0], config, Accelerator(cpu=True), done, set(known))
-    return [(crops, {name for name, _ in corrupt}) for crops, corrupt in itertools.islice(batches, number)]
+    return [(batch.crops, {name for name, _ in batch.corrupt}) for batch in itertools.islice(batches, number)]
 
 
 def order(config: TokenizerRun, number: int) -> list[int]:
@@ -292,7 +292,8 @@ def test_every_kind_of_picture_comes_out_as_it_is_seen(tmp_path, name, channels)
     model, options = tiny_config(image_channels=channels), DataSettings(flip=False)
     config = settings(tmp_path, image_size=16, model=model, data_options=options)
     expected = pil_to_tensor(seen if channels == 3 else seen.convert("L")).int()
-    for images in (take(config, 1)[0][0], *evaluation_batches(*open_sources(config), config, 2)):
+    whole = [images for images, _ in evaluation_batches(*open_sources(config), config, 2)]
+    for images in (take(config, 1)[0][0], *whole):
         assert (images.int() - expected).abs().max() <= (3 if name == "cmyk.jpg" else 0)
 
 
@@ -486,7 +487,7 @@ def test_validation_pictures_are_whole_and_in_order_and_share_batches_by_size(tm
     fill(tmp_path / "validation", *[flat(number, *size) for number, size in enumerate(sizes)])
     (tmp_path / "validation" / "004.png").write_bytes(b"damaged")
     config = settings(tmp_path, batch_size=2)
-    batches = list(evaluation_batches(*open_sources(config), config, 4))
+    batches = [images for images, _ in evaluation_batches(*open_sources(config), config, 4)]
     assert [tuple(batch.shape[2:]) for batch in batches] == [(20, 20), (20, 20), (20, 24), (8, 1024), (8, 8)]
     assert [number for batch in batches for number in numbers(batch)] == [0, 1, 2, 3, 5, 6]
     assert "validation image skipped" in caplog.text
@@ -498,7 +499,8 @@ def test_validation_pictures_are_prepared_as_encode_prepares_them(tmp_path, resi
     fill(tmp_path / "train", flat(0))
     fill(tmp_path / "validation", picture(1, 27, 23))
     config = settings(tmp_path, model=tiny_config(resize=resize))
-    (batch,) = evaluation_batches(*open_sources(config), config, 2)
+    ((batch, labels),) = evaluation_batches(*open_sources(config), config, 2)
+    assert labels is None
     assert torch.equal(batch / 255, to_batch(picture(1, 27, 23), 3, 2, resize))
 
 

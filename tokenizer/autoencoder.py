@@ -21,6 +21,32 @@ def group_norm(channels: int, norm_groups: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(channels, norm_groups), channels, eps=1e-6) if norm_groups else nn.Identity()
 
 
+class ClassShift(nn.Module):
+    """Adds to every channel a number that the class of the image decides.
+
+    That is what one-hot planes of the class beside a convolution's input come to, but for its padded border: so the
+    class is a known input of encoder and decoder (Sohn et al. 2015, "Learning structured output representation using
+    deep conditional generative models").
+    """
+
+    def __init__(self, num_classes: int, channels: int):
+        super().__init__()
+        self.table = nn.Embedding(num_classes, channels)
+        nn.init.zeros_(self.table.weight)  # it starts as the network without classes
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return features + self.table(labels)[:, :, None, None]
+
+
+class ConditionalSequential(nn.Sequential):
+    """Layers one after another, those that shift by the class told the labels (B,)."""
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        for layer in self:
+            features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
+        return features
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, added to the input (through a 1x1 convolution where the width changes)."""
 
@@ -115,6 +141,7 @@ class ConvolutionalAutoencoder(nn.Module):
     With `patch_size=1, base_channels=128, channel_multipliers=[1, 1, 2, 2, 4], num_res_blocks=2, attention_levels=[4],
     middle_attention=True, latent_channels=256, norm_groups=32` this is taming's f16 VQGAN (its `attn_resolutions=[16]`
     at 256 pixels is level 4). The defaults are for a laptop: all the work at a quarter of the resolution, no norms.
+    With classes both take the labels (B,), int64 in [0, num_classes), as a second argument.
     """
 
     def __init__(
@@ -132,6 +159,7 @@ class ConvolutionalAutoencoder(nn.Module):
         dropout: float = 0.0,  # in the residual blocks
         *,
         num_moments: int = 1,  # numbers that the encoder gives for each component of a latent; no setting of a config
+        num_classes: int = 0,  # that encoder and decoder are told; the config of the model has it
     ):
         super().__init__()
         check_counts(
@@ -149,6 +177,8 @@ class ConvolutionalAutoencoder(nn.Module):
 
         encoder: dict[str, nn.Module] = {"patchify": nn.PixelUnshuffle(patch_size)}
         encoder["conv_in"] = nn.Conv2d(patch_channels, base_channels, 3, padding=1)
+        if num_classes:
+            encoder["classes"] = ClassShift(num_classes, base_channels)
         channels = base_channels
         for index, width in enumerate(widths):
             if index > 0:
@@ -158,10 +188,13 @@ class ConvolutionalAutoencoder(nn.Module):
         encoder["middle"] = middle(channels, middle_attention, **options)
         encoder["head"] = output_head(channels, latent_channels, norm_groups)
         encoder["to_codes"] = nn.Conv2d(latent_channels, num_moments * codebook_dim, 1)
-        self.encoder = nn.Sequential(OrderedDict(encoder))
+        layers = ConditionalSequential if num_classes else nn.Sequential
+        self.encoder = layers(OrderedDict(encoder))
 
         decoder: dict[str, nn.Module] = {"from_codes": nn.Conv2d(codebook_dim, latent_channels, 1)}
         decoder["conv_in"] = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        if num_classes:
+            decoder["classes"] = ClassShift(num_classes, channels)
         decoder["middle"] = middle(channels, middle_attention, **options)
         for index, width in reversed(list(enumerate(widths))):
             count = num_res_blocks + 1
@@ -171,7 +204,7 @@ class ConvolutionalAutoencoder(nn.Module):
                 decoder[f"upsample_{index}"] = Upsample(channels)
         decoder["head"] = output_head(channels, patch_channels, norm_groups)
         decoder["unpatchify"] = nn.PixelShuffle(patch_size)
-        self.decoder = nn.Sequential(OrderedDict(decoder))
+        self.decoder = layers(OrderedDict(decoder))
 
 
 def check_counts(**counts: int) -> None:

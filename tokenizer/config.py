@@ -17,6 +17,7 @@ class ImageConfig(PretrainedConfig):
     image_channels: int = 3  # 3 RGB or 1 grey
     resize: int | None = None  # PIL images: short side in pixels, then the centred square; null keeps their size
     autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "convolutional"})
+    num_classes: int = 0  # of images, which encoder and decoder are told as labels=; 0: an unconditional model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -25,6 +26,8 @@ class ImageConfig(PretrainedConfig):
             raise ValueError(f"image_channels={self.image_channels} must be 3 (RGB) or 1 (grey)")
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes} must be at least 1, or 0 for an unconditional model")
 
 
 @dataclass
@@ -32,7 +35,10 @@ class TokenizerConfig(ImageConfig):
     """`autoencoder` and `quantizer` name a class of their table and its hyperparameters; absent ones are filled in."""
 
     format_version: ClassVar[int] = 2
-    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"quantizer.ema_vq.gradient": (2, "straight_through")}
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {
+        "quantizer.ema_vq.gradient": (2, "straight_through"),
+        "num_classes": (2, 0),
+    }
 
     codebook_dim: int = 8  # D, components of a code
     quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "ema_vq"})

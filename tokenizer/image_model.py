@@ -15,6 +15,7 @@ from .autoencoder import AUTOENCODERS
 from .choices import build
 from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
+from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
 
 
@@ -30,6 +31,8 @@ class ImageModel(PretrainedModel):
     def __init__(self, config: ImageConfig, latent_dim: int, **options: Any):
         """`options` are what the model, not its config, decides of the autoencoder."""
         super().__init__(config)
+        if config.num_classes:  # an autoencoder need not know of classes
+            options["num_classes"] = config.num_classes
         self.autoencoder = build(AUTOENCODERS, config.autoencoder, config.image_channels, latent_dim, **options)
         if config.resize is not None:
             self.check_resize(config.resize)
@@ -39,19 +42,31 @@ class ImageModel(PretrainedModel):
     def bottleneck(self) -> nn.Module:
         """What lies between encoder and decoder: a training loop calls its `step` or `discard` after each step."""
 
-    def encode_latents(self, images: Tensor) -> Tensor:
+    def classes(self, labels: Labels | None, num_images: int) -> Tensor | None:
+        """Labels (B,) int64 on the model's device, None where it is unconditional; ValueError for any others."""
+        checked = checked_labels(labels, self.config.num_classes, num_images)
+        return None if checked is None else checked.to(self.device)
+
+    def encode_latents(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
         """Float images (B, C, H, W) in [0, 1] to what the encoder gives (B, D, h, w), before the bottleneck.
 
+        A conditional model takes what `classes` makes of the labels.
         In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
         token in about 5000 would depend on the pictures beside it.
         """
         at_once = len(images) if self.training or images.device.type != "cpu" else 1
-        pixels = (to_model_range(part.float()) for part in images.split(at_once))  # float32: bfloat16 rounds once
-        return torch.cat([self.autoencoder.encoder(self.laid_out(part)) for part in pixels])
+        pixels = to_model_range(images.float())  # float32: bfloat16 rounds once
+        given = [pixels] if classes is None else [pixels, classes]
+        parts = zip(*(each.split(at_once) for each in given), strict=True)
+        return torch.cat([self.autoencoder.encoder(self.laid_out(part), *told) for part, *told in parts])
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped."""
-        return from_model_range(self.autoencoder.decoder(self.laid_out(latents)).float())
+    def decode_latents(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
+
+        A conditional model takes what `classes` makes of the labels.
+        """
+        told = [] if classes is None else [classes]
+        return from_model_range(self.autoencoder.decoder(self.laid_out(latents), *told).float())
 
     def laid_out(self, features: Tensor) -> Tensor:
         """In the type of the weights and in one memory layout: convolutions round differently in another."""

@@ -14,6 +14,7 @@ from .choices import build
 from .config import TokenizerConfig
 from .image_model import ImageModel
 from .images import Images
+from .labels import Labels
 from .quantizers import QUANTIZERS, Quantizer
 from .tokens import checked_tokens, grid_of, num_places, rule_of, token_shape
 
@@ -22,8 +23,8 @@ from PIL import Image
 from tokenizer import ImageTokenizer
 
 tokenizer = ImageTokenizer.from_pretrained("{source}")
-tokens = tokenizer.encode(Image.open("picture.jpg")RESIZE)  # int64 SHAPE
-pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
+tokens = tokenizer.encode(Image.open("picture.jpg")RESIZELABELS)  # int64 SHAPE
+pictures = tokenizer.decode(tokensLABELS)  # float (1, C, H, W) in [0, 1]
 """
 
 
@@ -35,7 +36,10 @@ class TokenizerOutput:
 
 
 class ImageTokenizer(ImageModel):
-    """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): encoder, quantizer and decoder, chosen by the config."""
+    """VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): encoder, quantizer and decoder, chosen by the config.
+
+    With `num_classes` encoder and decoder are told the class of each image, `labels` (B,), or one number for all.
+    """
 
     config_class = TokenizerConfig
     card_caption = "originals above, reconstructions below"
@@ -49,15 +53,18 @@ class ImageTokenizer(ImageModel):
     def bottleneck(self) -> Quantizer:
         return self.quantizer
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, labels: Labels | None = None) -> TokenizerOutput:
         """Float images (B, C, H, W) in [0, 1], sides divisible by the factor; values are not checked, for speed."""
         self.check_forward(images)
-        quantized = self.quantizer(self.encode_latents(images))
-        reconstructions = self.decode_latents(quantized.quantized)
+        classes = self.classes(labels, len(images))
+        quantized = self.quantizer(self.encode_latents(images, classes))
+        reconstructions = self.decode_latents(quantized.quantized, classes)
         return TokenizerOutput(reconstructions, quantized.indices, quantized.losses)
 
     @torch.no_grad()
-    def encode(self, images: Images, resize: int | Literal["config"] | None = "config") -> Tensor:
+    def encode(
+        self, images: Images, resize: int | Literal["config"] | None = "config", labels: Labels | None = None
+    ) -> Tensor:
         """Images to tokens int64 in [0, vocab_size), on the model's device.
 
         They are (B, h, w), row-major; (B, h, w, q) with q codebooks at each place; (B, L) where the grids differ in
@@ -66,22 +73,28 @@ class ImageTokenizer(ImageModel):
         Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
         (B, C, H, W), uint8 or float in [0, 1]. PIL images are prepared as the config's `resize` says, or as the
         argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
-        the factor. Arrays and tensors are never resized. Raises ValueError for anything else.
+        the factor. Arrays and tensors are never resized. A conditional model needs `labels` (B,), an unconditional one
+        refuses them. Raises ValueError for anything else.
         """
         batch = self.prepared(images, resize)
+        classes = self.classes(labels, len(batch))
         with self.evaluating():
-            return self.quantizer(self.encode_latents(batch)).indices
+            return self.quantizer(self.encode_latents(batch, classes)).indices
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, image_size: int | tuple[int, int] | None = None, labels: Labels | None = None
+    ) -> Tensor:
         """Tokens as `encode` gives them, or those of one picture, to float32 images (B, C, H, W) in [0, 1].
 
         `image_size` (H, W) in pixels, or the side of a square, is needed for tokens (B, L) of pictures that are no
         squares. From coarse to fine a part decodes too: the first codebooks (B, h, w, k), or with `image_size` the
-        first scales. Raises ValueError for tokens that are not integers, lie outside [0, vocab_size) or are no grid.
+        first scales. A conditional model needs `labels` (B,), of the same class or another. Raises ValueError for
+        tokens that are not integers, lie outside [0, vocab_size) or are no grid.
         """
         with self.evaluating():
-            return self.decode_latents(self.tokens_to_codes(tokens, image_size)).clamp(0, 1)
+            codes = self.tokens_to_codes(tokens, image_size)
+            return self.decode_latents(codes, self.classes(labels, len(codes))).clamp(0, 1)
 
     def tokens_to_codes(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
         """Tokens to codes (B, D, h, w) float32; arguments and ValueError as in `decode`."""
@@ -118,4 +131,5 @@ class ImageTokenizer(ImageModel):
     def card_usage(self) -> str:
         # Of a square, since from tokens (B, L) alone no other size can be told.
         square = f", resize={16 * self.downsample_factor}" if self.quantizer.multiscale else ""
-        return USAGE.replace("RESIZE", square).replace("SHAPE", rule_of(self.quantizer).replace("B", "1"))
+        usage = USAGE.replace("RESIZE", square).replace("SHAPE", rule_of(self.quantizer).replace("B", "1"))
+        return usage.replace("LABELS", ", labels=0" if self.config.num_classes else "")

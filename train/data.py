@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,20 +31,34 @@ CACHE_BYTES = 256 * 2**20  # decoded images that a worker keeps
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_EMPTY_EPOCHS = 10  # in a row; then a worker whose share of a stream holds no row ends
 
-Batches = Iterator[tuple[Tensor, list[Unreadable]]]  # crops uint8 (B, C, S, S), the unreadable images met on the way
+Sample = tuple[Tensor, int | None, list[Unreadable]]  # a crop, its class, the unreadable images met on the way
+Row = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """What a training step takes; a tuple, whose parts Accelerate can move to a device."""
+
+    crops: Tensor  # uint8 (B, C, S, S)
+    labels: Tensor | None  # (B,) int64; None for an unconditional model
+    corrupt: list[Unreadable]  # met while making it
 
 
 class CropMaker:
-    """Training crops of one source: a picture prepared, cut at random, perhaps mirrored."""
+    """Training crops of one source: a picture prepared, cut at random, perhaps mirrored; for some models its class."""
 
     def __init__(self, source: ImageSource, config: AutoencoderRun):
         self.source, self.size, self.flip = source, config.image_size, config.data_options.flip
         self.shuffle_colors = config.data_options.shuffle_colors
         self.channels, self.resize, self.seed = config.model.image_channels, config.model.resize, config.seed
+        self.conditional = config.model.num_classes > 0
 
-    def picture(self, row: dict[str, Any]) -> Tensor:
-        """A row's picture as uint8 (C, H, W), both sides at least the crop's; raises whatever decoding raises."""
-        return picture_to_cut(self.source.image(row), self.channels, self.resize, self.size)
+    def picture(self, row: Row) -> tuple[Tensor, int | None]:
+        """A row's picture as uint8 (C, H, W), both sides at least the crop's, and its class for a conditional model.
+
+        Raises whatever decoding raises, or ValueError for a class that is missing.
+        """
+        label = self.source.label(row) if self.conditional else None
+        return picture_to_cut(self.source.image(row), self.channels, self.resize, self.size), label
 
     def crop(self, picture: Tensor, *sample: int) -> Tensor:
         """uint8 (C, image_size, image_size), a function of the picture, the seed and the sample's numbers alone."""
@@ -73,35 +87,37 @@ def random_square(picture: Tensor, size: int, random: np.random.Generator) -> Te
 
 
 class MappedCrops(torch.utils.data.Dataset):
-    """(epoch, index) -> (crop, the unreadable images met on the way); decoded pictures are kept while there is room."""
+    """(epoch, index) -> (crop, class, unreadable images met on the way); pictures are kept while there is room."""
 
     def __init__(self, source: ImageSource, config: AutoencoderRun):
         self.maker, self.rows = CropMaker(source, config), source.rows
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, tuple[Tensor, int | None]] = {}
         self.room = CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[Tensor, list[Unreadable]]:
+    def __getitem__(self, sample: tuple[int, int]) -> Sample:
         epoch, index = sample
         corrupt: list[Unreadable] = []
         for candidate in itertools.chain(range(index, len(self)), range(index)):  # the next readable one stands in
             try:
-                return self.maker.crop(self.picture(candidate), epoch, index), corrupt
+                picture, label = self.picture(candidate)
+                return self.maker.crop(picture, epoch, index), label, corrupt
             except Exception as error:  # a decoder may raise anything on damaged bytes
                 corrupt.append((self.maker.source.name(self.rows[candidate]), str(error)))
         raise RuntimeError("no image of the data can be read any more")
 
-    def picture(self, index: int) -> Tensor:
-        """The prepared picture of a row, decoded once where it can be kept."""
-        picture = self.kept.get(index)
-        if picture is None:
-            picture = self.maker.picture(self.rows[index])
-            if picture.numel() <= self.room:
-                self.room -= picture.numel()
-                self.kept[index] = picture
-        return picture
+    def picture(self, index: int) -> tuple[Tensor, int | None]:
+        """The prepared picture of a row and its class, decoded once where it can be kept."""
+        found = self.kept.get(index)
+        if found is None:
+            found = self.maker.picture(self.rows[index])
+            size = found[0].numel()
+            if size <= self.room:
+                self.room -= size
+                self.kept[index] = found
+        return found
 
 
 class StreamedCrops(torch.utils.data.IterableDataset):
@@ -115,7 +131,7 @@ class StreamedCrops(torch.utils.data.IterableDataset):
         self.maker, self.rows, self.rank, self.skip = CropMaker(source, config), source.rows, rank, skip
         self.buffer, self.known_corrupt = config.data_options.shuffle_buffer, known_corrupt
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Unreadable]]]:
+    def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
         corrupt: list[Unreadable] = []
         skip, empty_epochs = self.skip, 0
@@ -127,14 +143,14 @@ class StreamedCrops(torch.utils.data.IterableDataset):
                 if skip > 0:
                     if not (self.known_corrupt and self.maker.source.name(row) in self.known_corrupt):
                         skip -= 1
-                        yield torch.empty(0), []
+                        yield torch.empty(0), None, []
                     continue
                 try:
-                    picture = self.maker.picture(row)
+                    picture, label = self.maker.picture(row)
                 except Exception as error:  # a decoder may raise anything on damaged bytes
                     corrupt.append((self.maker.source.name(row), str(error)))
                     continue
-                yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), corrupt
+                yield self.maker.crop(picture, epoch, self.rank, worker.id if worker else 0, number), label, corrupt
                 corrupt = []
             if 0 <= number < len(corrupt):
                 raise RunError(f"none of a worker's {number + 1} images can be read, such as {': '.join(corrupt[-1])}")
@@ -155,10 +171,11 @@ class EndlessOrder(Sampler[tuple[int, int]]):
             yield from ((epoch, int(index)) for index in order)
 
 
-def collate(samples: list[tuple[Tensor, list[Unreadable]]]) -> tuple[Tensor, list[Unreadable]]:
-    """A batch of crops uint8 (B, C, S, S) and the unreadable images met while making it."""
-    crops, corrupt = zip(*samples, strict=True)
-    return torch.stack(crops), list(itertools.chain.from_iterable(corrupt))
+def collate(samples: list[Sample]) -> Batch:
+    """One batch of its samples."""
+    crops, labels, corrupt = zip(*samples, strict=True)
+    told = None if None in labels else torch.tensor(labels)
+    return Batch(torch.stack(crops), told, list(itertools.chain.from_iterable(corrupt)))
 
 
 def outlive_signals(worker: int) -> None:
@@ -187,7 +204,7 @@ def holding_signals() -> Iterator[None]:
 
 def training_batches(
     source: ImageSource, config: AutoencoderRun, accelerator: Accelerator, batches_done: int, known_corrupt: set[str]
-) -> Batches:
+) -> Iterator[Batch]:
     """This rank's batches from number `batches_done` on, without end, on the accelerator's device."""
     if isinstance(source.rows, Dataset):
         crops = MappedCrops(source, config)
@@ -238,20 +255,27 @@ def dealt_batches(
     return itertools.chain([first], batches)
 
 
-def placed(batches: Batches, accelerator: Accelerator) -> Batches:
+def placed(batches: Iterator[Batch], accelerator: Accelerator) -> Iterator[Batch]:
     """A stream's batches on the accelerator's device; RunError where they end, which those of an empty share do."""
-    for images, corrupt in batches:
-        yield images.to(accelerator.device, non_blocking=True), corrupt
+    for crops, labels, corrupt in batches:
+        moved = [None if part is None else part.to(accelerator.device, non_blocking=True) for part in (crops, labels)]
+        yield Batch(*moved, corrupt)
     raise RunError(f"the stream holds no image for rank {accelerator.process_index}; start fewer processes")
 
 
 def evaluation_batches(
-    source: ImageSource, rows: list[dict[str, Any]], config: AutoencoderRun, factor: int
-) -> Iterator[Tensor]:
-    """Whole validation pictures as `encode` prepares them, uint8 (B, C, H, W); neighbours of one size share a batch."""
+    source: ImageSource, rows: list[Row], config: AutoencoderRun, factor: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Whole validation pictures as `encode` prepares them, uint8 (B, C, H, W); neighbours of one size share a batch.
+
+    Beside them their labels (B,) int64 for a conditional model, else None.
+    """
     batch: list[Tensor] = []
+    labels: list[int] = []
+    conditional = config.model.num_classes > 0
     for row in rows:
         try:
+            label = source.label(row) if conditional else None
             image = prepare_pil(source.image(row), config.model.image_channels, factor, config.model.resize)
         except Exception as error:  # a decoder may raise anything on damaged bytes
             log.warning("validation image skipped: %s: %s", source.name(row), error)
@@ -260,8 +284,9 @@ def evaluation_batches(
         top, left = (max(0, side - limit) // 2 for side in picture.shape[1:])
         picture = picture[:, top : top + limit, left : left + limit]
         if batch and (batch[0].shape != picture.shape or len(batch) == config.batch_size):
-            yield torch.stack(batch)
-            batch = []
+            yield torch.stack(batch), torch.tensor(labels) if conditional else None
+            batch, labels = [], []
         batch.append(picture)
+        labels.append(label)
     if batch:
-        yield torch.stack(batch)
+        yield torch.stack(batch), torch.tensor(labels) if conditional else None

@@ -27,7 +27,7 @@ from train.optimization import share_threads
 from train.progress import StopRequest
 from train.publishing import publish, reserve_repository
 from train.settings import StoreRun
-from train.sources import CorruptCounter, check_corrupt, check_readable, open_splits, public_name
+from train.sources import CorruptCounter, check_classes, check_corrupt, check_readable, open_splits, public_name
 from train.token_store import (
     INDEX_NAME,
     SPLITS,
@@ -68,6 +68,7 @@ def encode_dataset(config: StoreRun, accelerator: Accelerator) -> bool:
     if not folder.finished:
         share_threads(accelerator, config.speed, config.num_workers)
         sources = dict(zip(SPLITS, open_splits(config), strict=True))
+        check_classes(f"tokenizer={config.tokenizer}", tokenizer.config.num_classes, sources["train"], config.data)
         check_readable(sources["train"], config.data)
         if not encode(config, folder, accelerator, tokenizer.to(accelerator.device), sources):
             return False
@@ -225,8 +226,9 @@ class OpenShards:
         writer.num_images += batch.num_images
         writer.num_unreadable += len(batch.unreadable)
         if batch.keys:
-            tokens = self.tokenizer.encode(batch.pictures.to(self.tokenizer.device)).flatten(1)
-            writer.append(tokens.cpu().numpy(), batch.labels, batch.keys)
+            labels = batch.labels if self.tokenizer.config.num_classes else None
+            tokens = self.tokenizer.encode(batch.pictures.to(self.tokenizer.device), labels=labels)
+            writer.append(tokens.flatten(1).cpu().numpy(), batch.labels, batch.keys)
         if batch.is_last:
             writer.finish()
             del self.writers[batch.shard]

@@ -24,7 +24,7 @@ from tokenizer.metrics import bits_per_pixel, psnr
 from .checkpoint import RunFolder
 from .config import RunError, to_yaml
 from .counting import TokenCounts, num_counted, told_usage
-from .data import evaluation_batches, training_batches
+from .data import Batch, evaluation_batches, training_batches
 from .losses import ReconstructionLoss
 from .progress import METRICS_NAME, UsageWindow, read_lines, save_sheet
 from .settings import AutoencoderRun, TokenizerRun
@@ -74,7 +74,7 @@ class Examiner(ABC):
         """Say so where the last evaluation shows a collapse."""
 
     @abstractmethod
-    def sample_rows(self, model: Any, images: Tensor) -> list[Tensor]:
+    def sample_rows(self, model: Any, images: Tensor, labels: Tensor | None) -> list[Tensor]:
         """Rows of a sheet for a batch of validation pictures, uint8 (B, C, H, W): each (B, C, H, W) in [0, 1]."""
 
     @classmethod
@@ -88,15 +88,15 @@ class Examiner(ABC):
         name = config.card.data or public_name(config.data) or "local files"
         return f"whole validation pictures ({config.eval_split or 'validation'} of `{name}`)"
 
-    def pictures(self, model: ImageModel) -> Iterator[Tensor]:
-        """This rank's share of the validation pictures in batches, uint8 (B, C, H, W)."""
+    def pictures(self, model: ImageModel) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This rank's share of the validation pictures in batches, uint8 (B, C, H, W), and their labels or None."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         return evaluation_batches(self.source, self.rows[rank::num_ranks], self.config, model.downsample_factor)
 
-    def crops(self) -> Iterator[Tensor]:
-        """This rank's share of training crops without end, other ones than the run's, uint8 (B, C, S, S)."""
+    def crops(self) -> Iterator[Batch]:
+        """This rank's share of training crops without end, other ones than the run's."""
         other = replace(self.config, seed=self.config.seed + 1)
-        return (crops for crops, _ in training_batches(self.source, other, self.accelerator, 0, set()))
+        return training_batches(self.source, other, self.accelerator, 0, set())
 
     def mean_over_pictures(self, totals: Tensor) -> list[float]:
         """Sums over pictures, the last of them their number, reduced over the ranks and divided by it."""
@@ -110,7 +110,7 @@ class Examiner(ABC):
     def draw_samples(self, model: ImageModel, folder: RunFolder, step: int) -> None:
         """samples/step_N.png, from the first validation pictures."""
         batches = evaluation_batches(self.source, self.rows[:NUM_SAMPLES], self.config, model.downsample_factor)
-        rows = zip(*(self.sample_rows(model, images) for images in batches), strict=True)
+        rows = zip(*(self.sample_rows(model, *batch) for batch in batches), strict=True)
         save_sheet(folder.sample(step), [[picture for part in row for picture in part] for row in rows])
 
 
@@ -148,16 +148,17 @@ class TokenizerExaminer(Examiner):
         """
         device = self.accelerator.device
         totals = torch.zeros(3, device=device)  # sums over the pictures: PSNR, nats, 1
-        for images in self.pictures(model):
+        for images, labels in self.pictures(model):
             originals, size = images.float() / 255, tuple(images.shape[2:])
-            reconstructions = model.decode(model.encode(images), size).cpu()
+            reconstructions = model.decode(model.encode(images, labels=labels), size, labels).cpu()
             scores, nats = psnr(reconstructions, originals), self.reconstruction_loss.nats(reconstructions, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
         mean_psnr, mean_nats = self.mean_over_pictures(totals)
         num_codes, crops, num_tokens = model.quantizer.num_codes, self.crops(), 0
         counts = TokenCounts(num_codes)
         while num_tokens < num_counted(num_codes):
-            tokens = model.encode(next(crops))
+            batch = next(crops)
+            tokens = model.encode(batch.crops, labels=batch.labels)
             counts.add(self.code_numbers(tokens))
             num_tokens += tokens.numel() * self.accelerator.num_processes
         counts = sum(gather_object([counts]), TokenCounts(num_codes))
@@ -187,9 +188,10 @@ class TokenizerExaminer(Examiner):
                 100 * metrics["usage"],
             )
 
-    def sample_rows(self, model: ImageTokenizer, images: Tensor) -> list[Tensor]:
+    def sample_rows(self, model: ImageTokenizer, images: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The pictures above their reconstructions."""
-        return [images.float() / 255, model.decode(model.encode(images), tuple(images.shape[2:]))]
+        tokens = model.encode(images, labels=labels)
+        return [images.float() / 255, model.decode(tokens, tuple(images.shape[2:]), labels)]
 
     @classmethod
     def measured_on(cls, config: TokenizerRun, metrics: dict[str, float]) -> str:

@@ -54,6 +54,13 @@ class ImageSource:
         """The decoded picture of a row; raises whatever the decoder raises."""
         return Image().decode_example(row[self.image_column])
 
+    def label(self, row: dict[str, Any]) -> int:
+        """The class of a row; ValueError where it has none."""
+        label = row[self.label_column]
+        if label is None or label < 0:
+            raise ValueError("it has no class")
+        return label
+
     def name(self, row: dict[str, Any]) -> str:
         """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row."""
         value = row[self.image_column] or {"bytes": None, "path": "a row without an image"}
@@ -204,6 +211,15 @@ def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> b
     value = row[column] or {"bytes": None, "path": None}
     content = value["bytes"] or "/".join(Path(value["path"] or "").parts[-2:]).encode()
     return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
+
+
+def check_classes(given: str, num_classes: int, source: ImageSource, data: str) -> None:
+    """Raise UserError unless the data has as many classes as a conditional model knows; `given` is who says so."""
+    names = source.class_names or []
+    if num_classes and num_classes != len(names):
+        listed = f"{len(names)} classes ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        found = listed if names else "no column of classes (of several, data_options.label_column=... names one)"
+        raise UserError(f"{given} asks for {num_classes} classes, and data={data} has {found}; make the two agree")
 
 
 def check_readable(source: ImageSource, data: str) -> None:

@@ -54,6 +54,11 @@ def main(config: PriorRun) -> None:
         log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
     else:
         tokenizer = open_tokenizer(config.tokenizer)
+        if tokenizer.config.num_classes and not config.conditional:
+            raise UserError(
+                f"tokenizer={config.tokenizer} decodes by the class of a picture, and conditional=false would draw "
+                f"tokens of no class; leave it out"
+            )
         store = open_store(config, tokenizer, accelerator)
         share_threads(accelerator, config.speed)  # again: writing the store left some to its workers
         if store is None or not train(config, folder, accelerator, store, tokenizer.to(accelerator.device)):
@@ -210,11 +215,13 @@ def drawn(prior: AutoregressivePrior, tokenizer: ImageTokenizer, unigram: Unigra
     prior.check_tokenizer(tokenizer.fingerprint)
     num_classes = prior.config.num_classes
     num_columns = min(num_classes, SAMPLE_COLUMNS) or SAMPLE_COLUMNS
-    labels = torch.arange(num_columns).repeat(SAMPLE_ROWS) if num_classes else None
+    classes = torch.arange(num_columns) if num_classes else None
+    labels = None if classes is None else classes.repeat(SAMPLE_ROWS)
     generator = torch.Generator().manual_seed(seed)
     tokens = prior.generate(labels, num_columns * SAMPLE_ROWS, generator=generator)
     rows = [*tokens.split(num_columns), unigram.draw(num_columns, prior.config.token_shape, seed)]
-    return [[*tokenizer.decode(row).cpu()] for row in rows]
+    told = classes if tokenizer.config.num_classes else None
+    return [[*tokenizer.decode(row, labels=told).cpu()] for row in rows]
 
 
 def shown(values: dict[str, float], tokens_per_second: float) -> dict[str, str]:

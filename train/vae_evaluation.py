@@ -56,10 +56,11 @@ class VAEExaminer(Examiner):
         """PSNR of decode(encode(x)) and the ELBO on whole validation pictures; the latents on training crops."""
         device = self.accelerator.device
         totals = torch.zeros(4, device=device)  # sums over the pictures: PSNR, nats, nats of KL per dimension, 1
-        for images in self.pictures(model):
+        for images, labels in self.pictures(model):
             originals = images.float() / 255
-            levels = model.levels(images, self.same_noise())
-            drawn, coded = model.decode(levels[0].latents).cpu(), model.decode(model.encode(images)).cpu()
+            levels = model.levels(images, self.same_noise(), labels=labels)
+            drawn = model.decode(levels[0].latents, labels).cpu()
+            coded = model.decode(model.encode(images, labels=labels), labels).cpu()
             kl = sum(level.kl.sum((1, 2, 3)) for level in levels) / originals[0].numel()
             scores, nats = psnr(coded, originals), self.reconstruction_loss.nats(drawn, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), kl.sum(), len(scores)], device=device)
@@ -75,7 +76,9 @@ class VAEExaminer(Examiner):
         """What the latents know of training crops: KL, of each channel and level too, active units, information."""
         crops, parts, number = self.crops(), [], 0
         while number < NUM_CROPS:
-            parts.append([self.gathered(level) for level in model.levels(next(crops), self.same_noise())])
+            batch = next(crops)
+            levels = model.levels(batch.crops, self.same_noise(), labels=batch.labels)
+            parts.append([self.gathered(level) for level in levels])
             number += len(parts[-1][0])
         told = [torch.cat(level).cpu().unbind(1) for level in zip(*parts, strict=True)]
         channels = [kl_per_channel(kl) for _, _, _, kl in told]
@@ -123,11 +126,11 @@ class VAEExaminer(Examiner):
                     level.replace("_level_", " of level "),
                 )
 
-    def sample_rows(self, model: ImageVAE, images: Tensor) -> list[Tensor]:
-        """The pictures, their reconstructions, and two rows of samples of the prior."""
+    def sample_rows(self, model: ImageVAE, images: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The pictures, their reconstructions, and two rows of samples of the prior, of the same classes."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        drawn = [model.sample(len(images), images.shape[2:], generator) for _ in range(2)]
-        return [images.float() / 255, model.decode(model.encode(images)), *drawn]
+        drawn = [model.sample(len(images), images.shape[2:], generator, labels) for _ in range(2)]
+        return [images.float() / 255, model.decode(model.encode(images, labels=labels), labels), *drawn]
 
     @classmethod
     def measured_on(cls, config: VAERun, metrics: dict[str, float]) -> str:

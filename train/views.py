@@ -134,6 +134,7 @@ class ShardPictures(torch.utils.data.IterableDataset):
     def __init__(self, shards: list[Shard], sources: Sources, config: StoreRun, tokenizer: ImageTokenizer):
         self.shards, self.sources, self.maker = shards, sources, ViewMaker(config, tokenizer)
         self.data, self.batch_size = config.data, config.batch_size
+        self.conditional = tokenizer.config.num_classes > 0
 
     def __iter__(self) -> Iterator[ShardBatch | UserError]:
         worker = torch.utils.data.get_worker_info()
@@ -163,6 +164,8 @@ class ShardPictures(torch.utils.data.IterableDataset):
             key = key_of(row[source.image_column], self.data, shard.split, number, taken)
             label = row[source.label_column] if source.label_column else None
             try:
+                if self.conditional:
+                    source.label(row)
                 views = self.maker.views(source.image(row), shard.split == "train", number)
             except Exception as error:  # a decoder may raise anything on damaged bytes
                 met.append((key, str(error)))

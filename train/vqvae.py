@@ -25,7 +25,7 @@ from train.optimization import Optimization, Trainee, make_accelerator
 from train.progress import Progress
 from train.publishing import publish, reserve_repository
 from train.settings import AutoencoderRun, TokenizerRun, VAERun
-from train.sources import CorruptCounter, ImageSource, check_readable, open_sources
+from train.sources import CorruptCounter, ImageSource, check_classes, check_readable, open_sources
 from train.vae_evaluation import VAEExaminer
 
 log = logging.getLogger("train.vqvae")
@@ -45,6 +45,7 @@ def main(config: AutoencoderRun) -> None:
         log.info("%s holds the finished run; another output_dir=... starts a new one", folder.path)
     else:
         source, eval_rows = open_sources(config)
+        check_classes(f"model.num_classes={config.model.num_classes}", config.model.num_classes, source, config.data)
         check_readable(source, config.data)
         if not train(config, folder, accelerator, source, eval_rows):
             return
@@ -87,11 +88,11 @@ def train(
         for step in range(steps_done + 1, config.steps + 1):
             optimization.begin(step)
             opposed, judgement = adversary is not None and adversary.plays(step), {}
-            for images, corrupt in itertools.islice(batches, num_batches):
-                unreadable.add(len(images), corrupt)
-                images = images.float() / 255
+            for crops, labels, corrupt in itertools.islice(batches, num_batches):
+                unreadable.add(len(crops), corrupt)
+                images = crops.float() / 255
                 with accelerator.accumulate(*optimization.models):
-                    output = optimization.model(images)
+                    output = optimization.model(images, labels)
                     losses = reconstruction_loss(output.reconstructions, images)
                     if opposed:
                         losses |= adversary.tokenizer_loss(step, output.reconstructions, sum(losses.values()))

@@ -37,6 +37,7 @@ class DiffusersTokenizer(nn.Module):
         self.vocab_size = self.model.config.num_vq_embeddings
         self.downsample_factor = 2 ** (len(self.model.config.block_out_channels) - 1)
         self.config = SimpleNamespace(image_channels=self.model.config.in_channels, num_classes=0)
+        self.quantizer = SimpleNamespace(num_codes=self.vocab_size, code_numbers=lambda tokens, grid_size: tokens)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

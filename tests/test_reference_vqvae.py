@@ -102,5 +102,5 @@ def test_the_comparison_trains_each_model_once_and_records_all_of_them(colours, 
 
 
 def test_a_model_that_cannot_be_trained_is_told_of(colours, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.yaml could not be trained"):
-        main("colours", arguments(colours, "nowhere.yaml", steps=0), tmp_path)
+    with pytest.raises(UserError, match=r"image_size=7 could not be trained"):
+        main("colours", arguments(colours, "image_size=7", steps=0), tmp_path)

@@ -1,18 +1,14 @@
-"""The contract of every quantizer in the table, and the exact search."""
+"""The contract of every quantizer in the table."""
 
 import copy
 
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from latents import DIM, latents_of, trained
 from soft_reference import GRADIENTS_OF_SOFTMAX
 
 from tokenizer import QUANTIZERS, ImageTokenizer
-from tokenizer.quantizers import search
-from tokenizer.quantizers.search import nearest_codes
 
 
 def between_levels(quantizer, latents):
@@ -146,42 +142,3 @@ def test_in_eval_mode_it_compiles_into_one_graph(quantizer):
     expected, found = quantizer(latents), torch.compile(quantizer, fullgraph=True, backend="eager")(latents)
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.quantized, expected.quantized)
-
-
-# The search.
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    num_vectors=st.integers(1, 50),
-    num_codes=st.integers(2, 70),
-    dim=st.integers(1, 9),
-    chunk=st.integers(1, 400),
-    seed=st.integers(0, 99),
-)
-def test_the_search_equals_the_plain_one_in_chunks_of_any_size(num_vectors, num_codes, dim, chunk, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vectors, codes = (torch.randn(n, dim, generator=generator) for n in (num_vectors, num_codes))
-    distances = (vectors[:, None].double() - codes[None].double()).square().sum(-1)
-    whole = search.DISTANCES_PER_CHUNK
-    search.DISTANCES_PER_CHUNK = {"cpu": chunk}
-    try:
-        found = nearest_codes(vectors, codes)
-    finally:
-        search.DISTANCES_PER_CHUNK = whole
-    best = distances.min(1).values
-    torch.testing.assert_close(distances[torch.arange(num_vectors), found], best, rtol=1e-5, atol=1e-6)
-
-
-def test_a_tie_goes_to_the_lowest_index():
-    codes = torch.tensor([[5.0], [1.0], [1.0], [1.0]])
-    assert nearest_codes(torch.tensor([[1.2]]), codes).tolist() == [1]
-
-
-def test_the_search_never_holds_all_distances(monkeypatch):
-    sizes = []
-    plain = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args, **kw: sizes.append((out := plain(*args, **kw)).numel()) or out)
-    nearest_codes(torch.randn(5000, 2), torch.randn(4096, 2))
-    assert max(sizes) <= search.DISTANCES_PER_CHUNK["cpu"]
-    assert sum(sizes) == 5000 * 4096

@@ -134,6 +134,8 @@ def test_the_config_does_not_share_what_it_was_given():
         ({"codebook_dim": 0}, "codebook_dim=0 must be at least 1"),
         ({"image_channels": 4}, r"image_channels=4 must be 3 \(RGB\) or 1 \(grey\)"),
         ({"resize": 32.0}, r"resize=32.0 must be of type int \| None"),
+        ({"pixel_range": [0, 255, 1]}, r"pixel_range=\[0.0, 255.0, 1.0\] must be what black and white are"),
+        ({"pixel_range": "unit"}, r"pixel_range='unit' must be of type list\[float\]"),
         ({"resize": 0}, "resize=0 must be at least 1 pixel, or null"),
     ],
 )

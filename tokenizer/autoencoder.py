@@ -1,4 +1,4 @@
-"""Encoder and decoder: pixels in [-1, 1] <-> latents, the convolutional network of VQGAN.
+"""Encoder and decoder: pixels in the config's `pixel_range` <-> latents, the convolutional network of VQGAN.
 
 Source: Esser et al. 2021, arXiv:2012.09841 (taming-transformers). The arithmetic is that of taming's VQGAN and of
 diffusers' `VQModel` (norm_type "group"), so that their weights fit: group norm with eps 1e-6, SiLU, stride-2

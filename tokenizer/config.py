@@ -1,5 +1,6 @@
 """Exactly what the config.json of a model of images holds: architecture and preprocessing."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ class ImageConfig(PretrainedConfig):
     resize: int | None = None  # PIL images: short side in pixels, then the centred square; null keeps their size
     autoencoder: dict[str, Any] = field(default_factory=lambda: {"name": "convolutional"})
     num_classes: int = 0  # of images, which encoder and decoder are told as labels=; 0: an unconditional model
+    pixel_range: list[float] = field(default_factory=lambda: [-1.0, 1.0])  # black and white, as the network sees them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,6 +30,10 @@ class ImageConfig(PretrainedConfig):
             raise ValueError(f"resize={self.resize} must be at least 1 pixel, or null to keep the size of the pictures")
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1, or 0 for an unconditional model")
+        if len(self.pixel_range) != 2 or not -math.inf < self.pixel_range[0] < self.pixel_range[1] < math.inf:
+            raise ValueError(
+                f"pixel_range={self.pixel_range} must be what black and white are, such as [-1, 1] or [0, 1]"
+            )
 
 
 @dataclass
@@ -38,6 +44,7 @@ class TokenizerConfig(ImageConfig):
     later_keys: ClassVar[dict[str, tuple[int, Any]]] = {
         "quantizer.ema_vq.gradient": (2, "straight_through"),
         "num_classes": (2, 0),
+        "pixel_range": (2, [-1.0, 1.0]),
     }
 
     codebook_dim: int = 8  # D, components of a code

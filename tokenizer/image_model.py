@@ -55,7 +55,7 @@ class ImageModel(PretrainedModel):
         token in about 5000 would depend on the pictures beside it.
         """
         at_once = len(images) if self.training or images.device.type != "cpu" else 1
-        pixels = to_model_range(images.float())  # float32: bfloat16 rounds once
+        pixels = to_model_range(images.float(), *self.config.pixel_range)  # float32: bfloat16 rounds once
         given = [pixels] if classes is None else [pixels, classes]
         parts = zip(*(each.split(at_once) for each in given), strict=True)
         return torch.cat([self.autoencoder.encoder(self.laid_out(part), *told) for part, *told in parts])
@@ -66,7 +66,8 @@ class ImageModel(PretrainedModel):
         A conditional model takes what `classes` makes of the labels.
         """
         told = [] if classes is None else [classes]
-        return from_model_range(self.autoencoder.decoder(self.laid_out(latents), *told).float())
+        pixels = self.autoencoder.decoder(self.laid_out(latents), *told).float()
+        return from_model_range(pixels, *self.config.pixel_range)
 
     def laid_out(self, features: Tensor) -> Tensor:
         """In the type of the weights and in one memory layout: convolutions round differently in another."""
@@ -122,7 +123,9 @@ class ImageModel(PretrainedModel):
     @property
     def decoder_fingerprint(self) -> str:
         """sha256 (hex) over config and float32 weights of the decoder, which may be fine-tuned by itself."""
-        return self.hash_of({"autoencoder": self.config.identity()["autoencoder"]}, self.weights(of_decoder=True))
+        identity = self.config.identity()
+        decodes = {key: identity[key] for key in ("autoencoder", "pixel_range") if key in identity}
+        return self.hash_of(decodes, self.weights(of_decoder=True))
 
     def weights(self, of_decoder: bool) -> dict[str, Tensor]:
         """The tensors of the decoder, or those of everything else."""

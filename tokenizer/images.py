@@ -13,14 +13,14 @@ RANGE_TOLERANCE = 1e-3  # resizers overshoot a little; further out is a mistake
 Images = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """[0, 1], what people use, to [-1, 1], what the networks see."""
-    return images * 2 - 1
+def to_model_range(images: Tensor, low: float, high: float) -> Tensor:
+    """[0, 1], what people use, to [low, high], what the network sees."""
+    return images * (high - low) + low
 
 
-def from_model_range(pixels: Tensor) -> Tensor:
-    """[-1, 1], what the networks see, to [0, 1], what people use; not clamped."""
-    return (pixels + 1) / 2
+def from_model_range(pixels: Tensor, low: float, high: float) -> Tensor:
+    """[low, high], what the network sees, to [0, 1], what people use; not clamped."""
+    return (pixels - low) / (high - low)
 
 
 def to_batch(images: Images, channels: int, factor: int, resize: int | None) -> Tensor:

@@ -4,14 +4,17 @@ Shapes: B batch, C image channels, H W image sides in pixels, D codebook_dim, h 
 Tokens are (B, h, w), (B, h, w, q) or (B, L), as tokens.py says.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from .choices import build
 from .config import TokenizerConfig
+from .diffusers_format import read_config, read_weights
 from .image_model import ImageModel
 from .images import Images
 from .labels import Labels
@@ -48,6 +51,22 @@ class ImageTokenizer(ImageModel):
     def __init__(self, config: TokenizerConfig):
         super().__init__(config, config.codebook_dim)
         self.quantizer = build(QUANTIZERS, config.quantizer, config.codebook_dim)
+
+    @classmethod
+    def from_diffusers(cls, folder: str | Path, pixel_range: Sequence[float]) -> Self:
+        """diffusers' `VQModel` from its folder (config.json, diffusion_pytorch_model.safetensors), in eval mode.
+
+        Its files do not say what black and white are, so `pixel_range` does: (-1, 1) for models that come from taming
+        and latent diffusion, (0, 1) for aMUSEd's and those of diffusers' own training example. Tokens are then those
+        of its quantizer, pictures those of its decoder, and the losses in training those of its class.
+        Raises FileNotFoundError where a file is missing, ValueError for another class, another architecture than ours
+        or tensors that do not fit.
+        """
+        folder = Path(folder)
+        config = read_config(folder, pixel_range)
+        with torch.device("meta"):
+            model = cls(config)
+        return model.with_weights(read_weights(folder, config, model.state_dict()))
 
     @property
     def bottleneck(self) -> Quantizer:

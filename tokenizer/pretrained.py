@@ -253,16 +253,18 @@ class PretrainedModel(nn.Module):
         model, weights = cls.from_config_file(folder / CONFIG_NAME), folder / WEIGHTS_NAME
         if not weights.is_file():
             raise FileNotFoundError(f"{folder} has no {WEIGHTS_NAME}; a saved model has it beside {CONFIG_NAME}")
-        try:
-            tensors = load_file(weights)
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged ({error}); fetch or save it again") from None
-        expected = model.state_dict()
-        check_tensors(tensors, expected, weights)
-        # Copies: safetensors maps the file, and what overwrites it in place would change the model under our hands.
-        own = {name: tensors[name].to(expected[name].dtype, copy=True) for name in expected}
-        model.load_state_dict(own, assign=True)
-        return model.eval()
+        tensors = read_tensors(weights)
+        check_tensors(tensors, model.state_dict(), weights)
+        return model.with_weights(tensors)
+
+    def with_weights(self, tensors: dict[str, Tensor]) -> Self:
+        """This model, its weights not yet there, in eval mode with copies of all of these tensors.
+
+        Copies: safetensors maps the file, and what overwrites it in place would change the model under our hands.
+        """
+        own = {name: tensors[name].to(tensor.dtype, copy=True) for name, tensor in self.state_dict().items()}
+        self.load_state_dict(own, assign=True)
+        return self.eval()
 
     @classmethod
     def from_config_file(cls, path: Path) -> Self:
@@ -346,6 +348,14 @@ def download(repo_id: str, revision: str | None, token: str | None, cache_dir: s
     if not (Path(folder) / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{repo_id!r} on the Hub has no {CONFIG_NAME}; pass the id of a tokengrid model")
     return Path(folder)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name; ValueError where it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or save it again") from None
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -12,7 +12,7 @@ from shapes import COLOURS, FACTORS, Shapes
 from torch import Tensor
 
 from tokenizer import ImageVAE
-from tokenizer.collapse import kl_per_channel
+from tokenizer.posteriors.normal import gaussian_kl
 from train.progress import save_sheet
 
 STEPS = torch.linspace(-2, 2, 9)  # deviations of a model's own latents, from their mean
@@ -36,8 +36,7 @@ class Space:
     @property
     def order(self) -> Tensor:
         """The latents (D,) from the one that holds most nats."""
-        kl = kl_per_channel(self.mean[..., None, None], self.log_variance[..., None, None])
-        return kl.argsort(descending=True)
+        return gaussian_kl(self.mean, self.log_variance).mean(0).argsort(descending=True)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (R, C, D) to pictures (R, C, 3, S, S)."""

@@ -23,16 +23,17 @@ from shapes import FACTORS, SIDE, Shapes, all_shapes
 from torch import Tensor
 
 from tokenizer import ImageVAE
-from tokenizer.collapse import active_units, kl_per_channel
+from tokenizer.collapse import active_units
 from tokenizer.images import tensor_to_pil
 from tokenizer.metrics import psnr
+from tokenizer.posteriors.normal import gaussian_kl
 from train.config import UserError, launch, parse
 from train.settings import VAERun, require
 from train.vqvae import check_model
 from train.vqvae import main as train_model
 
 SHARED = (
-    "steps=600 batch_size=32 learning_rate=3e-3 eval_every=600 save_every=600 loss.sigma=0.1 model.latent_dim=6 "
+    "steps=450 batch_size=32 learning_rate=3e-3 eval_every=450 save_every=450 loss.sigma=0.1 model.latent_dim=6 "
     "model.autoencoder.patch_size=8 model.autoencoder.base_channels=32 model.autoencoder.channel_multipliers=[1,2,4]"
 )
 FIXED = [f"image_size={SIDE}", "num_workers=0", "data_options.flip=false", "split=train", "eval_split=validation"]
@@ -114,13 +115,13 @@ def figures_of(vae: ImageVAE, shapes: Shapes, mean: Tensor, log_variance: Tensor
     noise = torch.randn(DRAWS, *mean.shape, generator=generator)
     drawn = (mean + (0.5 * log_variance).exp() * noise).flatten(0, 1)  # (DRAWS * N, D)
     gap = mutual_information_gap(drawn, shapes.factors.repeat(DRAWS, 1))
-    channels = kl_per_channel(mean[..., None, None], log_variance[..., None, None])
+    kl = gaussian_kl(mean, log_variance).mean(0)  # (D,)
     return {
         "parameters": num_parameters(vae),
         "fingerprint": vae.fingerprint,
         "psnr": psnr(rebuilt, shapes.pixels / 255).mean().item(),
-        "kl_nats": channels.sum().item(),
-        "kl_nats_of_each": channels.tolist(),
+        "kl_nats": kl.sum().item(),
+        "kl_nats_of_each": kl.tolist(),
         "active_units": int(active_units(mean).sum()),
         "deviation_of_each": mean.std(0).tolist(),
         "mig": gap["mig"],

@@ -1,0 +1,20 @@
+"""Measure speed: python benchmarks/speed.py [part] [key=value ...]; python benchmarks/speed.py PART --help.
+
+A part is the main of a file of its own and writes results/speed_PART.json; without one all of them are measured. What
+is compared runs in turns, a figure is the median of several rounds, with the lowest and the highest beside it, and
+stands next to the floor that nothing can go below.
+"""
+
+import sys
+
+import speed_search
+
+from train.config import launch
+
+PARTS = {"search": (speed_search.main, speed_search.SearchRun)}
+
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] not in PARTS:
+        sys.exit(f"{__doc__}\nThe parts are {', '.join(PARTS)}.")
+    for main, config_class in [PARTS[sys.argv.pop(1)]] if sys.argv[1:] else PARTS.values():
+        launch(main, config_class)

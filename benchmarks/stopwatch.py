@@ -1,0 +1,86 @@
+"""How long calls take beside each other on a machine that others use too, and how much memory each of them."""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+MIN_ROUNDS = 5
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds that a call takes, of each name one figure a round.
+
+    A round goes through all of them, the next one backwards, so that what else the machine does meets them alike. A
+    figure is the mean over as many calls as take `seconds`, at least one, after a first call that does not count.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        seconds_of(call, 1)
+        repeats[name] = max(1, math.ceil(seconds / seconds_of(call, 1)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            found[name].append(seconds_of(calls[name], repeats[name]))
+    return found
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    """The mean time of a call."""
+    finish()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    finish()
+    return (time.perf_counter() - begun) / repeats
+
+
+def finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(figures: list[float]) -> dict[str, float]:
+    """Median, lowest and highest, to four digits."""
+    return {"median": four(median(figures)), "low": four(min(figures)), "high": four(max(figures))}
+
+
+def speedup(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How many times as fast as they we are, round by round."""
+    return spread([their / our for our, their in zip(ours, theirs, strict=True)])
+
+
+def four(figure: float) -> float:
+    """Rounded to four digits: more were never measured."""
+    return float(f"{figure:.4g}")
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call takes at its height beyond what was held before; None where the system does not tell.
+
+    On a GPU what PyTorch allocates there, on a CPU what of the process lies in memory (Linux).
+    """
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not CLEAR_REFS.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # or the call would fill what earlier ones have left behind
+    CLEAR_REFS.write_text("5")  # the height begins anew
+    before = resident("VmRSS")
+    call()
+    return max(0, resident("VmHWM") - before)
+
+
+def resident(which: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at the height."""
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{which}:")]
+    return int(line.split()[1]) * 1024

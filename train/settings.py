@@ -212,8 +212,7 @@ class AutoencoderRun(TrainingRun):
     image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
     num_workers: int = 2  # processes per rank that decode images
     steps: int = 700  # optimizer steps
-    learning_rate: float = 4e-3  # highest, after the warm-up; then a cosine down to zero
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(name="muon"))
+    learning_rate: float = 1.5e-3  # highest, after the warm-up; then a cosine down to zero
     model: ImageConfig = field(default_factory=ImageConfig)
     data_options: DataSettings = field(default_factory=DataSettings)
     loss: LossSettings = field(default_factory=LossSettings)

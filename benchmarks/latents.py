@@ -33,8 +33,9 @@ from train.vqvae import check_model
 from train.vqvae import main as train_model
 
 SHARED = (
-    "steps=450 batch_size=32 learning_rate=3e-3 eval_every=450 save_every=450 loss.sigma=0.1 model.latent_dim=6 "
-    "model.autoencoder.patch_size=8 model.autoencoder.base_channels=32 model.autoencoder.channel_multipliers=[1,2,4]"
+    "steps=450 batch_size=32 learning_rate=3e-3 optimizer.name=muon eval_every=450 save_every=450 loss.sigma=0.1 "
+    "model.latent_dim=6 model.autoencoder.patch_size=8 model.autoencoder.base_channels=32 "
+    "model.autoencoder.channel_multipliers=[1,2,4]"
 )
 FIXED = [f"image_size={SIDE}", "num_workers=0", "data_options.flip=false", "split=train", "eval_split=validation"]
 DRAWS = 10  # of the latents of each picture, from which information is measured

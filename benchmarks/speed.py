@@ -7,11 +7,15 @@ stands next to the floor that nothing can go below.
 
 import sys
 
+import speed_codec
 import speed_search
 
 from train.config import launch
 
-PARTS = {"search": (speed_search.main, speed_search.SearchRun)}
+PARTS = {
+    "codec": (speed_codec.main, speed_codec.CodecRun),
+    "search": (speed_search.main, speed_search.SearchRun),
+}
 
 if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] not in PARTS:

@@ -18,6 +18,8 @@ from .images import Images, check_shape, from_model_range, nearest_multiples, to
 from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
 
+DECODED_PIXELS_AT_ONCE = 2**14  # on a CPU: more leave its cache between one layer and the next
+
 
 class ImageModel(PretrainedModel):
     """An autoencoder of images with a bottleneck between encoder and decoder, which a subclass adds.
@@ -54,20 +56,25 @@ class ImageModel(PretrainedModel):
         In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
         token in about 5000 would depend on the pictures beside it.
         """
-        at_once = len(images) if self.training or images.device.type != "cpu" else 1
         pixels = to_model_range(images.float(), *self.config.pixel_range)  # float32: bfloat16 rounds once
-        given = [pixels] if classes is None else [pixels, classes]
-        parts = zip(*(each.split(at_once) for each in given), strict=True)
-        return torch.cat([self.autoencoder.encoder(self.laid_out(part), *told) for part, *told in parts])
+        return self.by_parts(self.autoencoder.encoder, 1, pixels, classes)
 
     def decode_latents(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
 
         A conditional model takes what `classes` makes of the labels.
         """
-        told = [] if classes is None else [classes]
-        pixels = self.autoencoder.decoder(self.laid_out(latents), *told).float()
+        pixels_of_each = latents.shape[2] * latents.shape[3] * self.downsample_factor**2
+        at_once = max(1, DECODED_PIXELS_AT_ONCE // max(1, pixels_of_each))
+        pixels = self.by_parts(self.autoencoder.decoder, at_once, latents, classes).float()
         return from_model_range(pixels, *self.config.pixel_range)
+
+    def by_parts(self, network: nn.Module, at_once: int, batch: Tensor, classes: Tensor | None) -> Tensor:
+        """What a network makes of a batch, in eval mode on a CPU of so many `at_once`, else of all together."""
+        at_once = len(batch) if self.training or batch.device.type != "cpu" else at_once
+        given = [batch] if classes is None else [batch, classes]
+        parts = zip(*(each.split(at_once) for each in given), strict=True)
+        return torch.cat([network(self.laid_out(part), *told) for part, *told in parts])
 
     def laid_out(self, features: Tensor) -> Tensor:
         """In the type of the weights and in one memory layout: convolutions round differently in another."""

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from speed_tables import codec_rows, search_rows
+
 from train.counting import told_usage
 
 ROOT = Path(__file__).parents[1]
@@ -202,8 +204,8 @@ def table(program: str) -> str:
 
 
 def program_of(path: Path) -> str | None:
-    """The longest name in ROWS that a record's name begins with."""
-    return max((name for name in ROWS if path.stem.startswith(f"{name}_")), key=len, default=None)
+    """The longest name in ROWS that a record's name begins with, or is."""
+    return max((name for name in ROWS if f"{path.stem}_".startswith(f"{name}_")), key=len, default=None)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -304,6 +306,8 @@ ROWS = {
     "reference_vqvae": reference_rows,
     "reference_vqvae_ablation": ablation_rows,
     "quantizers": quantizers_rows,
+    "speed_codec": codec_rows,
+    "speed_search": search_rows,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""The measurements of speed end to end, at tiny sizes, their tables, and the stopwatch."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.config import UserError, parse
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
+
+import speed_codec
+import speed_search
+import speed_tables
+import stopwatch
+import tables
+from speed_codec import CodecRun
+from speed_search import SearchRun
+
+
+def recorded(root: Path, name: str) -> dict:
+    return json.loads((root / f"benchmarks/results/{name}.json").read_text())
+
+
+def test_the_search_is_measured_beside_its_peers_and_put_into_the_table(tmp_path):
+    settings = ["codebook_sizes=[16,64]", "codebook_dims=[4]", "max_vectors=256", "rounds=5", "seconds=0.0"]
+    speed_search.main(parse(SearchRun, settings), tmp_path)
+    written = recorded(tmp_path, "speed_search")
+    assert written["command"].startswith("python benchmarks/speed.py search ")
+    assert [(row["codebook_size"], row["vectors"]) for row in written["rows"]] == [(16, 256), (64, 256)]
+    for row in written["rows"]:
+        assert min(row["same_codes"].values()) > 0.99
+        assert row["search"].keys() == row["training"].keys() == {"ours", *speed_search.PEERS}
+        assert row["floor"].keys() == {"ours", "product"}
+        for figures in (row["search"]["ours"], row["floor"]["product"]):
+            speed = figures["vectors_per_second"]
+            assert 0 < speed["low"] <= speed["median"] <= speed["high"]
+    rows = speed_tables.search_rows(written)
+    assert tables.markdown(rows).count("\n") == 3
+
+
+def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path):
+    settings = ["block_out_channels=[32,32]", "codebook_size=32", "image_sizes=[16]", "max_pixels=512", "rounds=5"]
+    speed_codec.main(parse(CodecRun, settings), tmp_path)
+    written = recorded(tmp_path, "speed_codec")
+    (row,) = written["rows"]
+    assert row["batch"] == 2
+    assert row["tokens_that_differ"] == 0
+    assert row["largest_difference_of_pixels"] < 1e-4
+    for part in ("encode", "decode"):
+        assert len(row[part]["each"]) == 5
+        assert row[part]["fastest"]["peer"].startswith("diffusers")
+    assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode", "decode"]
+
+
+@pytest.mark.parametrize("kind", [SearchRun, CodecRun])
+def test_fewer_rounds_than_a_median_needs_are_refused(kind):
+    with pytest.raises(UserError, match="rounds=4 must be at least 5"):
+        parse(kind, ["rounds=4"])
+
+
+def test_all_are_called_in_turns_and_every_other_round_backwards():
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    found = stopwatch.interleaved(calls, rounds=3, seconds=0.0)
+    assert "".join(called) == "aabbcc" + "abc" + "cba" + "abc"
+    assert {name: len(each) for name, each in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_speedup_is_of_each_round_and_stands_with_its_spread():
+    assert stopwatch.speedup([1.0, 2.0, 1.0], [2.0, 6.0, 8.0]) == {"median": 3.0, "low": 2.0, "high": 8.0}
+
+
+@pytest.mark.skipif(not stopwatch.CLEAR_REFS.exists(), reason="the system does not tell")
+def test_the_peak_of_memory_is_what_a_call_adds_even_where_it_gives_it_back():
+    size = 64 * 2**20
+    assert size <= stopwatch.peak_memory(lambda: torch.zeros(size // 4).add_(1).sum(), "cpu") < 1.25 * size
+    assert stopwatch.peak_memory(lambda: None, "cpu") < size / 16

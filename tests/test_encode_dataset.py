@@ -218,7 +218,7 @@ def test_random_crops_are_cut_as_the_tokenizers_training_crops_are(resize):
     )
     crops = CropMaker(ImageSource(None, "image", None, None), training)
     for number, (_, crop) in enumerate(ViewMaker(config, tokenizer).views(image, True, (5,))):
-        whole = crops.picture({"image": {"bytes": png(image), "path": None}})
+        whole, _ = crops.picture({"image": {"bytes": png(image), "path": None}})
         assert torch.equal(crop, crops.crop(whole, 5, number))
 
 

@@ -52,9 +52,15 @@ class DiffusersTokenizer(nn.Module):
         codes = self.model.quantize.embedding(tokens.to(self.device)).movedim(-1, 1)
         return self.model.decode(codes, force_not_quantize=True).sample.float().clamp(0, 1)
 
+    def grid_size(self, image_size: int) -> tuple[int, int]:
+        """(h, w) of the grid of a square image of so many pixels a side; ValueError where it does not divide."""
+        if image_size % self.downsample_factor:
+            raise ValueError(f"image_size={image_size} must be a multiple of {self.downsample_factor}")
+        return (image_size // self.downsample_factor,) * 2
+
     def tokens_per_image(self, image_size: int) -> int:
         """Number of tokens of a square image of so many pixels a side."""
-        return math.prod([image_size // self.downsample_factor] * 2)
+        return math.prod(self.grid_size(image_size))
 
     @property
     def fingerprint(self) -> str:

@@ -43,6 +43,9 @@ def test_the_loop_leaves_a_folder_that_is_measured_as_ours_are(trained):
     row = saved.row(saved.sums(), 2, 8)
     assert row["perceptual_loss"] == "squeeze"
     assert row["bits_per_pixel"] == 4 / 4  # log2(16) bits for 2 x 2 pixels
+    assert saved.tokenizer.grid_size(8) == (4, 4)
+    with pytest.raises(ValueError, match="image_size=9 must be a multiple of 2"):
+        saved.tokenizer.grid_size(9)
     with pytest.raises(UserError, match="is there already"):
         main(parse(PeerRun, [f"output_dir={trained}"]))
 

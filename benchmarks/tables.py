@@ -166,6 +166,29 @@ def quantizers_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def many_codes_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The cells of each bottleneck with very many codes: how many it uses, and its memory beside that of N x K."""
+    shared, rows = result["protocol"]["settings"]["shared"], []
+    for model in result["models"]:
+        (run,) = model["runs"]
+        crops = run["training_crops"]
+        rows.append(
+            {
+                "bottleneck": f"`{model['model'].removeprefix(shared).strip()}`",
+                "codes in use, training crops": told_usage(crops),
+                "tokens per code": f"{crops['tokens_per_code']:.3g}",
+                "perplexity": f"{crops['perplexity']:,.0f}",
+                "test NMSE": f"{model['test_nmse']:.4f}",
+                "test PSNR": f"{run['test_psnr']:.2f} dB",
+                "steps/s": f"{run['steps_per_second']:.1f}",
+                "peak memory of the whole run": f"{run['peak_memory'] / 2**20:,.0f} MiB",
+                "a batch's scores against all codes": f"{run['memory_of_scores'] / 2**20:,.0f} MiB",
+                "on": hardware(run["made_with"]),
+            }
+        )
+    return rows
+
+
 def ablation_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """The cells of each model of a recorded ablation: what it has other than the first one, and what that changed."""
     first = result["models"][0]
@@ -306,6 +329,7 @@ ROWS = {
     "reference_vqvae": reference_rows,
     "reference_vqvae_ablation": ablation_rows,
     "quantizers": quantizers_rows,
+    "quantizers_many_codes": many_codes_rows,
     "speed_codec": codec_rows,
     "speed_search": search_rows,
 }

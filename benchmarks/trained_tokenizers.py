@@ -33,6 +33,8 @@ from train.progress import METRICS_NAME
 from train.settings import SourceSettings, ThreadSettings, TokenizerRun, require
 from train.sources import open_splits, reading
 
+CODES_IN_USE = ("usage", "codes_seen", "num_tokens", "perplexity", "tokens_per_code")  # what TokenCounts may tell
+
 Maker = Callable[[Path, int], dict[str, Any]]  # a folder and a seed to the figures of the model trained there
 
 
@@ -133,8 +135,10 @@ def train_ours(arguments: str, pictures: Pictures, config: TrainedRun, path: Pat
         "parameters": num_parameters(tokenizer),
         "quantizer": tokenizer.config.quantizer["name"],
         "seconds": round(seconds, 1),
+        "training_crops": counted_on_crops(path / "run"),
         "steps_per_second": steps_per_second(path / "run"),
         "peak_memory": int((path / "peak_memory").read_text()),  # bytes, of the largest process
+        "memory_of_scores": memory_of_scores(path / "run", tokenizer),
         "made_with": circumstances(),
     }
 
@@ -147,10 +151,32 @@ def reconstructed(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Te
 
 def steps_per_second(run: Path) -> float:
     """The median over the log of a finished run, which leaves out evaluations."""
-    settings = yaml.safe_load((run / SETTINGS_NAME).read_text())
-    records = map(json.loads, (run / METRICS_NAME).read_text().splitlines())
-    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
+    settings = settings_of(run)
+    speeds = [record["images_per_second"] for record in log_of(run) if "images_per_second" in record]
     return median(speeds) / (settings["batch_size"] * settings["optimizer"]["accumulation_steps"])
+
+
+def counted_on_crops(run: Path) -> dict[str, float]:
+    """The codes in use that the last evaluation of a finished run counted over crops of training pictures."""
+    (*_, last) = [record for record in log_of(run) if "tokens_per_code" in record]
+    return {key: last[key] for key in CODES_IN_USE if key in last}
+
+
+def memory_of_scores(run: Path, tokenizer: ImageTokenizer) -> int:
+    """Bytes that the scores of a batch's tokens against all codes would take in float32, N x K."""
+    settings = settings_of(run)
+    num_tokens = settings["batch_size"] * tokenizer.tokens_per_image(settings["image_size"])
+    return 4 * num_tokens * tokenizer.vocab_size
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Every setting of a run."""
+    return yaml.safe_load((run / SETTINGS_NAME).read_text())
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The records of a finished run, in order."""
+    return [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
 
 
 @torch.no_grad()

@@ -42,6 +42,8 @@ def test_each_bottleneck_is_trained_once_measured_and_put_into_the_table(colours
     assert [row["bottleneck"] for row in rows] == [f"`{EMA}`", f"`{FSQ}`"]
     assert "2309.15505" in rows[1]["paper"]
     assert tables.markdown(rows).count("\n") == 3
+    (row, _) = tables.many_codes_rows(written)
+    assert (row["codes in use, training crops"], row["tokens per code"]) == ("100.0%", "20")
 
     def never(*arguments: object) -> None:
         raise AssertionError("it was trained already")

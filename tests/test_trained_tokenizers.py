@@ -10,7 +10,7 @@ from processes import run
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
-from trained_tokenizers import Pictures, measured, steps_per_second, summaries
+from trained_tokenizers import Pictures, counted_on_crops, measured, steps_per_second, summaries
 
 PEAK_MEMORY = str(Path(__file__).parents[1] / "benchmarks/peak_memory.py")
 MEGABYTE = 2**20
@@ -41,6 +41,13 @@ def test_the_speed_is_the_median_of_the_log_in_whole_steps(tmp_path):
     lines += [{"step": step, "images_per_second": speed} for step, speed in ((2, 80), (3, 96))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert steps_per_second(tmp_path) == 80 / 8
+
+
+def test_the_codes_in_use_on_training_crops_are_those_of_the_last_evaluation(tmp_path):
+    counted = [{"usage": share, "perplexity": 9.0, "tokens_per_code": 20.0} for share in (0.5, 0.75)]
+    lines = [{"step": 1, "psnr": 20.0, **counted[0]}, {"step": 2, "psnr": 21.0, **counted[1]}, {"step": 2, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert counted_on_crops(tmp_path) == counted[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resident set to ask for")

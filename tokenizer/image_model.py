@@ -17,6 +17,7 @@ from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
+from .rounding import by_parts, laid_out
 
 DECODED_PIXELS_AT_ONCE = 2**14  # on a CPU: more leave its cache between one layer and the next
 
@@ -53,11 +54,10 @@ class ImageModel(PretrainedModel):
         """Float images (B, C, H, W) in [0, 1] to what the encoder gives (B, D, h, w), before the bottleneck.
 
         A conditional model takes what `classes` makes of the labels.
-        In eval mode on a CPU the pictures go through one by one: convolutions round by the size of the batch, and one
-        token in about 5000 would depend on the pictures beside it.
+        In eval mode on a CPU the pictures go through one by one, so that none depends on those beside it.
         """
         pixels = to_model_range(images.float(), *self.config.pixel_range)  # float32: bfloat16 rounds once
-        return self.by_parts(self.autoencoder.encoder, 1, pixels, classes)
+        return self.through(self.autoencoder.encoder, 1, pixels, classes)
 
     def decode_latents(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
@@ -66,19 +66,13 @@ class ImageModel(PretrainedModel):
         """
         pixels_of_each = latents.shape[2] * latents.shape[3] * self.downsample_factor**2
         at_once = max(1, DECODED_PIXELS_AT_ONCE // max(1, pixels_of_each))
-        pixels = self.by_parts(self.autoencoder.decoder, at_once, latents, classes).float()
+        pixels = self.through(self.autoencoder.decoder, at_once, latents, classes).float()
         return from_model_range(pixels, *self.config.pixel_range)
 
-    def by_parts(self, network: nn.Module, at_once: int, batch: Tensor, classes: Tensor | None) -> Tensor:
-        """What a network makes of a batch, in eval mode on a CPU of so many `at_once`, else of all together."""
-        at_once = len(batch) if self.training or batch.device.type != "cpu" else at_once
+    def through(self, network: nn.Module, at_once: int, batch: Tensor, classes: Tensor | None) -> Tensor:
+        """What a network of the autoencoder makes of a batch, in eval mode on a CPU of so many `at_once`."""
         given = [batch] if classes is None else [batch, classes]
-        parts = zip(*(each.split(at_once) for each in given), strict=True)
-        return torch.cat([network(self.laid_out(part), *told) for part, *told in parts])
-
-    def laid_out(self, features: Tensor) -> Tensor:
-        """In the type of the weights and in one memory layout: convolutions round differently in another."""
-        return features.to(self.dtype).clone(memory_format=torch.contiguous_format)
+        return by_parts(lambda part, *told: network(laid_out(part, network), *told), given, self.training, at_once)
 
     def check_forward(self, images: Tensor) -> None:
         """Raise ValueError unless these are floats (B, C, H, W), sides divisible by the factor."""

@@ -4,14 +4,13 @@ Shapes: B batch, C channels in, W width, O channels out, h w sides of the finer 
 rounded up, so that every grid has one above it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .autoencoder import ResidualBlock
+from .rounding import by_parts, laid_out
 
 
 def halved(height: int, width: int) -> tuple[int, int]:
@@ -45,16 +44,5 @@ class Growing(nn.Module):
 
 
 def applied(network: nn.Module, features: Tensor, *arguments: Any) -> Tensor:
-    """`network` of features (B, ...) in the type of its weights, float32 after it; picture by picture as below.
-
-    In one memory layout, as convolutions round differently in another.
-    """
-    features = features.to(next(network.parameters()).dtype).clone(memory_format=torch.contiguous_format)
-    return one_by_one(lambda each: network(each, *arguments), features, network.training).float()
-
-
-def one_by_one(convert: Callable[[Tensor], Tensor], batch: Tensor, training: bool) -> Tensor:
-    """`convert` of a batch; on a CPU, unless it trains, picture by picture: rounding depends on the batch's size."""
-    if training or batch.device.type != "cpu":
-        return convert(batch)
-    return torch.cat([convert(each) for each in batch.split(1)])
+    """`network` of features (B, ...) in the type of its weights, float32 after it; in eval mode on a CPU one by one."""
+    return by_parts(lambda each: network(laid_out(each, network), *arguments), [features], network.training).float()

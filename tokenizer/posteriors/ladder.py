@@ -7,7 +7,8 @@ Shapes: B batch, D latent_dim, h w grid sides.
 import torch
 from torch import Tensor, nn
 
-from ..resampling import Growing, Halving, applied, halved, one_by_one
+from ..resampling import Growing, Halving, applied, halved
+from ..rounding import by_parts
 from .base import Posterior, check_latent_dim
 from .normal import Level, Noise, as_moments, level_of, standard
 
@@ -75,7 +76,7 @@ class LadderPosterior(Posterior):
 
 def product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], training: bool) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the normalised product of two normal densities, each given by its own two."""
-    return one_by_one(multiplied, torch.cat([*one, *other], dim=1), training).chunk(2, dim=1)
+    return by_parts(multiplied, [torch.cat([*one, *other], dim=1)], training).chunk(2, dim=1)
 
 
 def multiplied(numbers: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..resampling import one_by_one
+from ..rounding import by_parts
 from .base import Quantizer, QuantizerOutput
 from .parts import DEFAULT_PART, build_part, check_codebook_dim, evaluated, place_shared
 
@@ -69,10 +69,10 @@ class MultiscaleQuantizer(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             grid_size = latents.shape[2:]
-            before = one_by_one(self.sums_before, latents, self.training)  # (B, S, D, h, w)
+            before = by_parts(self.sums_before, [latents], self.training)  # (B, S, D, h, w)
             output = self.part(self.scale_inputs(latents, before))
             indices = output.indices.flatten(1)  # (B, L)
-            sums = one_by_one(lambda each: self.sums(each, grid_size), indices, self.training)  # (B, S, D, h, w)
+            sums = by_parts(lambda each: self.sums(each, grid_size), [indices], self.training)  # (B, S, D, h, w)
             codes, placed = sums[:, -1].detach(), True
             if self.training:
                 self.last_latents, placed = latents.detach(), self.placed
@@ -124,7 +124,7 @@ class MultiscaleQuantizer(Quantizer):
     def indices_to_codes(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Indices (B, l) of the first scales, or of all, to codes (B, D, h, w) float32 on a grid (h, w)."""
         with torch.autocast(indices.device.type, enabled=False):
-            return one_by_one(lambda each: self.sums(each, grid_size)[:, -1], indices, self.training)
+            return by_parts(lambda each: self.sums(each, grid_size)[:, -1], [indices], self.training)
 
     def step(self, progress: float = 1.0) -> bool:
         latents, self.last_latents = self.last_latents, None

@@ -1,0 +1,31 @@
+"""A batch in parts: which pictures a network sees together, and in what type and layout."""
+
+import pytest
+import torch
+
+from tokenizer.rounding import by_parts, laid_out
+
+PICTURES = torch.arange(5.0 * 2 * 3 * 4).view(5, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("training", "at_once", "sizes"), [(False, 1, [1] * 5), (False, 2, [2, 2, 1]), (False, 9, [5]), (True, 1, [5])]
+)
+def test_so_many_at_once_but_in_training_all_of_them(training, at_once, sizes):
+    seen = []
+
+    def scaled(pictures, factors):
+        seen.append(len(pictures))
+        return pictures * factors.view(-1, 1, 1, 1)
+
+    factors = torch.arange(5.0)
+    assert torch.equal(by_parts(scaled, [PICTURES, factors], training, at_once), PICTURES * factors.view(-1, 1, 1, 1))
+    assert seen == sizes
+
+
+def test_features_take_the_type_of_the_weights_and_one_layout():
+    network = torch.nn.Conv2d(2, 2, 1, dtype=torch.bfloat16)
+    features = laid_out(PICTURES.contiguous(memory_format=torch.channels_last), network)
+    assert features.dtype == torch.bfloat16
+    assert features.stride() == PICTURES.stride()
+    assert torch.equal(features, PICTURES.bfloat16())

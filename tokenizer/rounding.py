@@ -1,0 +1,22 @@
+"""What keeps rounding from the results: a batch in parts, in one type and one memory layout.
+
+Convolutions sum in another order for another size of the batch and for another layout; on a CPU one token in about
+5000 would depend on the pictures beside it. Shapes: B batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def by_parts(convert: Callable[..., Tensor], batches: Sequence[Tensor], training: bool, at_once: int = 1) -> Tensor:
+    """`convert` of batches (B, ...) beside each other; on a CPU, unless it trains, of so many `at_once`."""
+    if training or batches[0].device.type != "cpu":
+        return convert(*batches)
+    return torch.cat([convert(*part) for part in zip(*(batch.split(at_once) for batch in batches), strict=True)])
+
+
+def laid_out(features: Tensor, network: nn.Module) -> Tensor:
+    """Features (B, ...) in the type of the network's weights and in one memory layout."""
+    return features.to(next(network.parameters()).dtype).clone(memory_format=torch.contiguous_format)

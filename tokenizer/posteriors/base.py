@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..quantizers.ranks import sum_over_ranks
+from ..ranks import sum_over_ranks
 from .normal import Level, Noise, draw_noise
 
 MULTIPLIER_RATE = 0.1  # most that the logarithm of a learned multiplier moves in a step

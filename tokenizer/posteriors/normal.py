@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from ..ranks import own_rank_and_number
 
 LOG_VARIANCES = -30.0, 20.0  # beyond, the clamp keeps variances finite in float32
 
@@ -72,7 +73,7 @@ def draw_noise(like: Tensor) -> Tensor:
     Ranks start from one seed and draw in step: each draws the noise of all of them and keeps its own part, so that
     they have different noise, and together that of one rank with the whole batch.
     """
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, num_ranks = own_rank_and_number()
     noise = torch.randn(num_ranks * len(like), *like.shape[1:], device=like.device)
     return noise[rank * len(like) : (rank + 1) * len(like)]
 

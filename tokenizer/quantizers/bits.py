@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ranks import mean_over_ranks
+from ..ranks import mean_over_ranks
 
 
 def bits_to_indices(bits: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ranks import own_rank_and_number
 from .base import Quantizer, QuantizerOutput
 from .checks import check_codebook, check_not_negative, check_positive
-from .ranks import own_rank_and_number
 from .soft_assignment import hard_codes, soft_statistics
 
 

@@ -8,9 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ranks import mean_over_ranks
 from .base import Quantizer, QuantizerOutput
 from .checks import check_codebook, check_not_negative, check_positive
-from .ranks import mean_over_ranks
 from .soft_assignment import hard_codes, soft_statistics
 
 

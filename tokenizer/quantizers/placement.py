@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ranks import own_rank_and_number, sum_over_ranks
 from .checks import check_codebook, check_not_negative
 from .nearest import NearestCodeQuantizer
-from .ranks import own_rank_and_number, sum_over_ranks
 from .search import nearest_codes
 
 KMEANS_ITERATIONS = 10

@@ -1,4 +1,4 @@
-"""What quantizers ask of the other ranks; each call finds out anew whether there are any."""
+"""What quantizers and posteriors ask of the other ranks; each call finds out anew whether there are any."""
 
 import torch
 import torch.distributed as dist

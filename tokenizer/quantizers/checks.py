@@ -1,10 +1,15 @@
 """The rules of hyperparameters that several quantizers share; each is a ValueError with the value and the rule."""
 
 
-def check_codebook(codebook_dim: int, codebook_size: int) -> None:
-    """At least one component and two codes."""
+def check_codebook_dim(codebook_dim: int) -> None:
+    """At least one component."""
     if codebook_dim < 1:
         raise ValueError(f"codebook_dim={codebook_dim} must be at least 1")
+
+
+def check_codebook(codebook_dim: int, codebook_size: int) -> None:
+    """At least one component and two codes."""
+    check_codebook_dim(codebook_dim)
     if codebook_size < 2:
         raise ValueError(f"codebook_size={codebook_size} must be at least 2: one code carries no information")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import MAX_BITS, Quantizer, QuantizerOutput
+from .checks import check_codebook_dim
 from .gradients import straight_through
 
 
@@ -29,8 +30,7 @@ class FiniteScalarQuantizer(Quantizer):
         levels: list[int] | int = 4,  # L of each component in turn, or of all of them; the paper advises 5 and more
     ):
         super().__init__()
-        if codebook_dim < 1:
-            raise ValueError(f"codebook_dim={codebook_dim} must be at least 1")
+        check_codebook_dim(codebook_dim)
         levels = [levels] * codebook_dim if isinstance(levels, int) else levels
         check_levels(codebook_dim, levels)
         self.vocab_size = math.prod(levels)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .base import Quantizer, QuantizerOutput
-from .parts import DEFAULT_PART, build_part, check_codebook_dim, step_all
+from .checks import check_codebook_dim
+from .parts import DEFAULT_PART, build_part, step_all
 
 
 class GroupedQuantizer(Quantizer):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..resampling import Growing, Halving, applied, halved
 from .base import Quantizer, QuantizerOutput
-from .parts import DEFAULT_PART, build_part, check_codebook_dim, evaluated, step_all
+from .checks import check_codebook_dim
+from .parts import DEFAULT_PART, build_part, evaluated, step_all
 
 
 class HierarchicalQuantizer(Quantizer):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .base import MAX_BITS, Quantizer, QuantizerOutput
 from .bits import batch_entropy, bits_to_indices, indices_to_bits, sample_entropy
+from .checks import check_codebook_dim, check_not_negative
 from .gradients import straight_through
 
 MAX_BITS_PER_GROUP = 24  # 2^24 probabilities are 64 MB
@@ -91,17 +92,13 @@ def check_hyperparameters(
     bits_per_group: int,
 ) -> None:
     """Raise a ValueError that names the value and the rule."""
-    if codebook_dim < 1:
-        raise ValueError(f"codebook_dim={codebook_dim} must be at least 1")
+    check_codebook_dim(codebook_dim)
     if codebook_dim > MAX_BITS:
         raise ValueError(
             f"codebook_dim={codebook_dim} is the number of bits of an index, an int64, and at most {MAX_BITS}; "
             f"lower codebook_dim"
         )
-    weights = {"entropy_weight": entropy_weight, "diversity": diversity, "commitment_weight": commitment_weight}
-    for name, weight in weights.items():
-        if weight < 0:
-            raise ValueError(f"{name}={weight} must not be negative")
+    check_not_negative(entropy_weight=entropy_weight, diversity=diversity, commitment_weight=commitment_weight)
     if inverse_temperature <= 0:
         raise ValueError(f"inverse_temperature={inverse_temperature} must be above 0: at 0 all codes are alike")
     if not 1 <= bits_per_group <= MAX_BITS_PER_GROUP:

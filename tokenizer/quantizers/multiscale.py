@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..rounding import by_parts
 from .base import Quantizer, QuantizerOutput
-from .parts import DEFAULT_PART, build_part, check_codebook_dim, evaluated, place_shared
+from .checks import check_codebook_dim
+from .parts import DEFAULT_PART, build_part, evaluated, place_shared
 
 
 class MultiscaleQuantizer(Quantizer):

@@ -69,9 +69,3 @@ def step_all(parts: Iterable[Quantizer], progress: float) -> bool:
     """Step every part; whether the codes of any of them jumped."""
     jumps = [part.step(progress) for part in parts]
     return any(jumps)
-
-
-def check_codebook_dim(codebook_dim: int) -> None:
-    """Raise a ValueError that names the value and the rule."""
-    if codebook_dim < 1:
-        raise ValueError(f"codebook_dim={codebook_dim} must be at least 1")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .base import Quantizer, QuantizerOutput
-from .parts import DEFAULT_PART, build_part, check_codebook_dim, evaluated, place_shared, step_all
+from .checks import check_codebook_dim
+from .parts import DEFAULT_PART, build_part, evaluated, place_shared, step_all
 
 MAX_DEPTH = 16
 

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Quantizer, QuantizerOutput
+from .base import QuantizerOutput
 from .checks import check_codebook_dim
-from .parts import DEFAULT_PART, build_part, step_all
+from .parts import DEFAULT_PART, CompositeQuantizer, build_part
 
 
-class GroupedQuantizer(Quantizer):
+class GroupedQuantizer(CompositeQuantizer):
     """`groups` quantizers over D / groups components each; of residual groups the indices stand group after group.
 
     The losses are means over the groups, which makes of mean squared errors those of the whole latents.
     """
-
-    has_parts = True
 
     def __init__(
         self,
@@ -40,14 +38,6 @@ class GroupedQuantizer(Quantizer):
         )
         self.vocab_size = self.parts[0].vocab_size
         self.num_codebooks = groups * self.parts[0].num_codebooks
-
-    @property
-    def placed(self) -> bool:
-        return all(part.placed for part in self.parts)
-
-    @property
-    def num_codes(self) -> int:
-        return sum(part.num_codes for part in self.parts)
 
     def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         chunks = indices.chunk(len(self.parts), dim=-1)
@@ -68,10 +58,3 @@ class GroupedQuantizer(Quantizer):
         if self.num_codebooks == len(self.parts):
             chunks = [chunk[..., 0] for chunk in chunks]
         return torch.cat([part.indices_to_codes(each) for part, each in zip(self.parts, chunks, strict=True)], dim=1)
-
-    def step(self, progress: float = 1.0) -> bool:
-        return step_all(self.parts, progress)
-
-    def discard(self) -> None:
-        for part in self.parts:
-            part.discard()

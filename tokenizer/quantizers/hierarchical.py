@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..resampling import Growing, Halving, applied, halved
 from .base import Quantizer, QuantizerOutput
 from .checks import check_codebook_dim
-from .parts import DEFAULT_PART, build_part, evaluated, step_all
+from .parts import DEFAULT_PART, SuccessiveQuantizer, build_part, evaluated
 
 
-class HierarchicalQuantizer(Quantizer):
+class HierarchicalQuantizer(SuccessiveQuantizer):
     """Top codes at half the sides, then bottom codes given them; indices are those of the top, then of the bottom.
 
     The networks between the two are part of the quantizer, so that it goes with any encoder and decoder: `to_top`
@@ -34,7 +34,6 @@ class HierarchicalQuantizer(Quantizer):
     """
 
     multiscale = True
-    has_parts = True
 
     def __init__(
         self,
@@ -51,15 +50,10 @@ class HierarchicalQuantizer(Quantizer):
         self.to_top = Halving(codebook_dim, width, codebook_dim)
         self.from_top = Growing(codebook_dim, width, codebook_dim)
         self.to_bottom, self.merge = (joining(codebook_dim) for _ in range(2))
-        self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
 
     @property
-    def placed(self) -> bool:
-        return self.top.placed and self.bottom.placed
-
-    @property
-    def num_codes(self) -> int:
-        return self.top.num_codes + self.bottom.num_codes
+    def parts(self) -> tuple[Quantizer, Quantizer]:
+        return self.top, self.bottom
 
     def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         top, bottom = self.levels(indices, grid_size)
@@ -73,8 +67,7 @@ class HierarchicalQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
-            if self.training:
-                self.last_latents = latents.detach()
+            self.remember(latents)
             top = self.top(applied(self.to_top, latents))
             decoded = applied(self.from_top, top.quantized, latents.shape[2:])  # (B, D, h, w)
             bottom = self.bottom(self.bottom_latents(latents, decoded))
@@ -100,12 +93,6 @@ class HierarchicalQuantizer(Quantizer):
         parts = indices.split([height * width for height, width in grids], dim=1)
         return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
-    def step(self, progress: float = 1.0) -> bool:
-        latents, self.last_latents = self.last_latents, None
-        if latents is None or self.placed:
-            return step_all((self.top, self.bottom), progress)
-        return self.place(latents, progress)
-
     @torch.no_grad()
     def place(self, latents: Tensor, progress: float) -> bool:
         """Place the top, and then the bottom on what it is given of the same latents (B, D, h, w)."""
@@ -118,11 +105,6 @@ class HierarchicalQuantizer(Quantizer):
         decoded = applied(self.from_top, evaluated(self.top, top_latents).quantized, latents.shape[2:])
         self.bottom(self.bottom_latents(latents, decoded))
         return self.bottom.step(progress)
-
-    def discard(self) -> None:
-        self.last_latents = None
-        for part in (self.top, self.bottom):
-            part.discard()
 
 
 def joining(channels: int) -> nn.Conv2d:

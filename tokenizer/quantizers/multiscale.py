@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from ..rounding import by_parts
 from .base import Quantizer, QuantizerOutput
 from .checks import check_codebook_dim
-from .parts import DEFAULT_PART, build_part, evaluated, place_shared
+from .parts import DEFAULT_PART, SuccessiveQuantizer, build_part, evaluated, place_shared
 
 
-class MultiscaleQuantizer(Quantizer):
+class MultiscaleQuantizer(SuccessiveQuantizer):
     """One codebook for all scales: the residual is averaged down, quantized, and its codes are taken off upsampled.
 
     Codes are upsampled by bicubic interpolation and then mixed with a 3x3 convolution of themselves, which repairs
@@ -33,7 +33,6 @@ class MultiscaleQuantizer(Quantizer):
 
     multiscale = True
     coarse_to_fine = True
-    has_parts = True
 
     def __init__(
         self,
@@ -52,11 +51,10 @@ class MultiscaleQuantizer(Quantizer):
         count = min(num_convolutions, len(scales))
         self.convolutions = nn.ModuleList(identity_convolution(codebook_dim) for _ in range(count))
         self.convolution_weight = convolution_weight
-        self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
 
     @property
-    def placed(self) -> bool:
-        return self.part.placed
+    def parts(self) -> tuple[Quantizer]:
+        return (self.part,)
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """(h, w) of each scale, coarse to fine: sides in the proportions of `scales`, rounded, at least 1."""
@@ -69,15 +67,14 @@ class MultiscaleQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
+            self.remember(latents)
             grid_size = latents.shape[2:]
             before = by_parts(self.sums_before, [latents], self.training)  # (B, S, D, h, w)
             output = self.part(self.scale_inputs(latents, before))
             indices = output.indices.flatten(1)  # (B, L)
             sums = by_parts(lambda each: self.sums(each, grid_size), [indices], self.training)  # (B, S, D, h, w)
-            codes, placed = sums[:, -1].detach(), True
-            if self.training:
-                self.last_latents, placed = latents.detach(), self.placed
-                codes = codes if placed else latents.detach()
+            placed = not self.training or self.placed
+            codes = sums[:, -1].detach() if placed else latents.detach()
             quantized = codes + (latents - latents.detach())
             # Kept in the graph before it counts: with several ranks every parameter must get a gradient.
             pyramid = float(placed) * F.mse_loss(sums, latents.detach()[:, None].expand_as(sums))
@@ -127,18 +124,13 @@ class MultiscaleQuantizer(Quantizer):
         with torch.autocast(indices.device.type, enabled=False):
             return by_parts(lambda each: self.sums(each, grid_size)[:, -1], [indices], self.training)
 
-    def step(self, progress: float = 1.0) -> bool:
-        latents, self.last_latents = self.last_latents, None
-        if latents is None or self.placed:
-            return self.part.step(progress)
+    @torch.no_grad()
+    def place(self, latents: Tensor, progress: float) -> bool:
+        """Place the codes on the residuals that codes found on the averaged latents leave."""
         guess = self.scale_inputs(latents, torch.zeros_like(latents)[:, None].expand(-1, len(self.scales), -1, -1, -1))
         return place_shared(
             self.part, guess, lambda part: self.scale_inputs(latents, self.sums_before(latents, part)), progress
         )
-
-    def discard(self) -> None:
-        self.last_latents = None
-        self.part.discard()
 
 
 def identity_convolution(channels: int) -> nn.Conv2d:

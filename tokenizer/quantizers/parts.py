@@ -1,7 +1,11 @@
-"""What the quantizers that are built of others share: how a part is named, asked for its codes, and placed."""
+"""What the quantizers that are built of others share: how parts are named, asked for their codes, placed and stepped.
+
+Shapes: B batch, D codebook_dim, h w grid sides.
+"""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +15,56 @@ from ..choices import build, complete
 from .base import Quantizer, QuantizerOutput
 
 DEFAULT_PART = {"name": "ema_vq"}
+
+
+class CompositeQuantizer(Quantizer):
+    """A quantizer built of others: placed once all of them are, and stepped and discarded with them."""
+
+    has_parts = True
+    parts: Sequence[Quantizer]  # in the order in which they are placed
+
+    @property
+    def placed(self) -> bool:
+        return all(part.placed for part in self.parts)
+
+    @property
+    def num_codes(self) -> int:
+        return sum(part.num_codes for part in self.parts)
+
+    def step(self, progress: float = 1.0) -> bool:
+        jumps = [part.step(progress) for part in self.parts]
+        return any(jumps)
+
+    def discard(self) -> None:
+        for part in self.parts:
+            part.discard()
+
+
+class SuccessiveQuantizer(CompositeQuantizer):
+    """One whose parts see what the codes of others have left: all are placed in one step, on the same latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
+
+    def remember(self, latents: Tensor) -> None:
+        """Keep the latents (B, D, h, w) of a forward pass in training for `step`."""
+        if self.training:
+            self.last_latents = latents.detach()
+
+    @abstractmethod
+    def place(self, latents: Tensor, progress: float) -> bool:
+        """Place the parts on latents (B, D, h, w), if it is not too early; whether the codes jumped."""
+
+    def step(self, progress: float = 1.0) -> bool:
+        latents, self.last_latents = self.last_latents, None
+        if latents is None or self.placed:
+            return super().step(progress)
+        return self.place(latents, progress)
+
+    def discard(self) -> None:
+        self.last_latents = None
+        super().discard()
 
 
 def build_part(given: dict[str, Any], codebook_dim: int, owner: str, also: Sequence[str] = ()) -> Quantizer:
@@ -63,9 +117,3 @@ def place_shared(part: Quantizer, guess: Tensor, inputs: Callable[[Quantizer], T
         return False
     part(inputs(scout))
     return part.step(progress)
-
-
-def step_all(parts: Iterable[Quantizer], progress: float) -> bool:
-    """Step every part; whether the codes of any of them jumped."""
-    jumps = [part.step(progress) for part in parts]
-    return any(jumps)

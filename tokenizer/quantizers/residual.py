@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .base import Quantizer, QuantizerOutput
 from .checks import check_codebook_dim
-from .parts import DEFAULT_PART, build_part, evaluated, place_shared, step_all
+from .parts import DEFAULT_PART, SuccessiveQuantizer, build_part, evaluated, place_shared
 
 MAX_DEPTH = 16
 
 
-class ResidualQuantizer(Quantizer):
+class ResidualQuantizer(SuccessiveQuantizer):
     """Codes that are sums of `depth` codes, coarse to fine; the first k indices of a place decode by themselves.
 
     The losses are summed over the stages, as in the paper. Each stage passes an equal share of the gradient, so that
@@ -29,7 +29,6 @@ class ResidualQuantizer(Quantizer):
     """
 
     coarse_to_fine = True
-    has_parts = True
 
     def __init__(
         self,
@@ -50,7 +49,6 @@ class ResidualQuantizer(Quantizer):
         self.vocab_size = parts[0].vocab_size
         self.num_codebooks = depth
         self.quantizer_dropout = quantizer_dropout
-        self.last_latents: Tensor | None = None  # (B, D, h, w) of the last forward pass in training
 
     @property
     def stages(self) -> list[Quantizer]:
@@ -61,14 +59,6 @@ class ResidualQuantizer(Quantizer):
     def shared(self) -> bool:
         return len(self.parts) < self.num_codebooks
 
-    @property
-    def placed(self) -> bool:
-        return all(part.placed for part in self.parts)
-
-    @property
-    def num_codes(self) -> int:
-        return self.vocab_size * len(self.parts)
-
     def code_numbers(self, indices: Tensor, grid_size: tuple[int, int]) -> Tensor:
         stages = torch.arange(self.num_codebooks, device=indices.device)
         return indices + self.vocab_size * (stages % len(self.parts))
@@ -76,8 +66,7 @@ class ResidualQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
-            if self.training:
-                self.last_latents = latents.detach()
+            self.remember(latents)
             together = self.training and self.shared and self.placed
             outputs = self.at_once(latents) if together else self.in_turn(latents)
             kept = self.stages_kept(latents)
@@ -123,17 +112,11 @@ class ResidualQuantizer(Quantizer):
         stages = zip(self.stages, indices.unbind(-1), strict=False)
         return sum(stage.indices_to_codes(each) for stage, each in stages)
 
-    def step(self, progress: float = 1.0) -> bool:
-        latents, self.last_latents = self.last_latents, None
-        if latents is None or self.placed:
-            return step_all(self.parts, progress)
-        if self.shared:
-            return place_shared(self.parts[0], latents, lambda part: self.stage_inputs(latents, part), progress)
-        return self.place(latents, progress)
-
     @torch.no_grad()
     def place(self, latents: Tensor, progress: float) -> bool:
         """Place stage after stage: before the first is placed, the others see nothing but zeros."""
+        if self.shared:
+            return place_shared(self.parts[0], latents, lambda part: self.stage_inputs(latents, part), progress)
         self.discard()
         for part in self.parts:
             part(latents)
@@ -142,11 +125,6 @@ class ResidualQuantizer(Quantizer):
                 return False
             latents = latents - evaluated(part, latents).quantized
         return True
-
-    def discard(self) -> None:
-        self.last_latents = None
-        for part in self.parts:
-            part.discard()
 
 
 def share(quantized: Tensor, count: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Compare the bottlenecks in one tokenizer: python benchmarks/quantizers.py NAME [key=value ...]; --help.
 
 Each of `models` is what train/vqvae.py is given after the arguments that all share, so that data, network, steps and
-batches are the same and the bottleneck alone differs; the defaults are 9 bits a token each. A finished model is kept in
-runs/NAME/ and not trained again: the same command goes on, and adds the models that were added.
+batches are the same and the bottleneck alone differs; the defaults are all bottlenecks at about 9 bits for each place
+of the grid, 500 steps of CIFAR-10. A finished model is kept in runs/NAME/ and not trained again: the same command goes
+on, and adds the models that were added.
 Writes results/quantizers_NAME.json: of each model and seed the reconstruction of the test pictures, the codes in use,
 steps a second, peak memory.
 """
@@ -21,11 +22,21 @@ from train.config import UserError, launch, parse
 from train.settings import TokenizerRun, require
 from train.vqvae import check_model
 
-MODELS = [
+SHARED = "train/presets/cifar10/vqvae.yaml steps=500 eval_every=500 save_every=500"
+MODELS = [  # every bottleneck at about 9 bits for each place of the grid
     "model.quantizer.name=ema_vq model.quantizer.codebook_size=512",
+    "model.quantizer.name=vq model.quantizer.codebook_size=512",
+    "model.quantizer.name=softmax_vq model.quantizer.codebook_size=512",
+    "model.quantizer.name=simvq model.quantizer.codebook_size=512",
+    "model.quantizer.name=ibq model.quantizer.codebook_size=512",
+    "model.quantizer.name=gumbel_vq model.quantizer.codebook_size=512",
     "model.quantizer.name=fsq model.quantizer.levels=[8,8,8] model.codebook_dim=3",
     "model.quantizer.name=lfq model.codebook_dim=9",
     "model.quantizer.name=bsq model.codebook_dim=9",
+    "model.quantizer.name=residual model.quantizer.depth=3 model.quantizer.each.codebook_size=8",
+    "model.quantizer.name=grouped model.codebook_dim=9 model.quantizer.groups=3 model.quantizer.each.codebook_size=8",
+    "model.quantizer.name=multiscale model.quantizer.scales=[1,2,4,8] model.quantizer.each.codebook_size=64",
+    "model.quantizer.name=hierarchical model.quantizer.each.codebook_size=128",
 ]
 
 
@@ -33,7 +44,7 @@ MODELS = [
 class QuantizersRun(TrainedRun):
     """Settings of benchmarks/quantizers.py."""
 
-    shared: str = "train/presets/cifar10/vqvae.yaml"  # arguments of train/vqvae.py that every model has
+    shared: str = SHARED  # arguments of train/vqvae.py that every model has
     models: list[str] = field(default_factory=lambda: [*MODELS])  # arguments of each
     seeds: list[int] = field(default_factory=lambda: [0])
 

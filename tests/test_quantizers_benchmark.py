@@ -1,6 +1,8 @@
 """The comparison of bottlenecks end to end, at two steps on small pictures, and its table."""
 
 import json
+import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program l
 
 import quantizers
 import tables
-from quantizers import MODELS, QuantizersRun, checked, main
+from quantizers import MODELS, SHARED, QuantizersRun, checked, main
+from recording import public_settings
 
+ROOT = Path(__file__).parents[1]
 EMA = "model.quantizer.codebook_size=8"
 FSQ = "model.quantizer.name=fsq model.quantizer.levels=[4,3] model.codebook_dim=2"
 
@@ -64,12 +68,23 @@ def test_a_model_that_cannot_be_is_refused_before_any_is_trained(colours, tiny_p
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_defaults_are_nine_bits_a_token(model, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
-    model = checked(f"{QuantizersRun().shared} {model}").model
-    options = {key: value for key, value in model.quantizer.items() if key != "name"}
-    assert QUANTIZERS[model.quantizer["name"]](model.codebook_dim, **options).vocab_size == 512
+def test_the_defaults_are_every_bottleneck_at_about_nine_bits_for_each_place_of_the_grid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    models = [checked(f"{SHARED} {arguments}").model for arguments in MODELS]
+    assert {model.quantizer["name"] for model in models} == QUANTIZERS.keys()
+    for model in models:
+        options = {key: value for key, value in model.quantizer.items() if key != "name"}
+        quantizer = QUANTIZERS[model.quantizer["name"]](model.codebook_dim, **options)
+        num_places = sum(height * width for height, width in quantizer.grids(8, 8))
+        bits = num_places * quantizer.num_codebooks * math.log2(quantizer.vocab_size)
+        assert 0.88 * 9 <= bits / 64 <= 9
+
+
+def test_the_command_of_the_readme_measures_what_is_recorded():
+    (given,) = re.findall(r"`python benchmarks/quantizers.py cifar10([^`]*)`", (ROOT / "README.md").read_text())
+    settings = public_settings(parse(QuantizersRun, shlex.split(given)))
+    recorded = json.loads((ROOT / "benchmarks/results/quantizers_cifar10.json").read_text())["protocol"]["settings"]
+    assert {key: settings[key] for key in recorded} == recorded
 
 
 def test_the_command_in_the_record_makes_the_same_settings(colours, tiny_preset):

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from conftest import tiny_config
 from processes import TWO_RANKS, assert_close_runs, assert_same, records, run
 from safetensors.torch import load_file
-from test_vqvae import assert_resumes_to_the_bit, command, train_here
+from test_vqvae import command
+from tiny_runs import assert_resumes_to_the_bit, train_here
 
 from tokenizer import ImageTokenizer
 from train.adversarial import GAMES, Adversary, adaptive_weight, last_kernel, lecam

@@ -1,6 +1,5 @@
 """Conditional models through the programs: labels come from the data, and what the class decides is left to it."""
 
-import functools
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -17,8 +16,7 @@ from PIL import Image
 from processes import TWO_RANKS, assert_close_runs, records, run
 from safetensors.torch import load_file
 from test_data import flat, numbers, png, write_parquet
-from test_vae_training import TINY as TINY_VAE
-from test_vqvae import assert_resumes_to_the_bit, train_here
+from tiny_runs import TINY_VAE, assert_resumes_to_the_bit, train_here, train_vae
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
@@ -33,14 +31,13 @@ from train import token_prior
 from train.config import UserError, parse
 from train.data import evaluation_batches, training_batches
 from train.encode_dataset import encode_dataset
-from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
+from train.settings import PriorRun, StoreRun, TokenizerRun
 from train.sources import open_sources
 from train.token_store import TokenStore
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0)}  # in the order of the classes
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-train_vae = functools.partial(train_here, run=VAERun, tiny=TINY_VAE)
 
 
 @pytest.fixture(scope="module", autouse=True)

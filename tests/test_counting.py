@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import records
-from test_vqvae import TINY
+from tiny_runs import WITH_ANY_QUANTIZER
 
 from tokenizer import ImageTokenizer
 from tokenizer.metrics import perplexity, usage
@@ -80,9 +80,8 @@ def test_a_run_with_2_to_the_36_codes_trains_and_says_how_many_of_them_it_saw(
     picture_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(counting, "TOKENS_WITHOUT_USAGE", 2000)
-    usual = [setting for setting in TINY if "quantizer" not in setting and "codebook_dim" not in setting]
     output = tmp_path / "run"
-    main(parse(TokenizerRun, [*usual, f"data={picture_folder}", f"output_dir={output}", *HUGE]))
+    main(parse(TokenizerRun, [*WITH_ANY_QUANTIZER, f"data={picture_folder}", f"output_dir={output}", *HUGE]))
     first, last = (record for record in records(output) if "psnr" in record)
     assert (last["num_tokens"] >= 2000, last["codes_seen"] >= 1, "usage" in last) == (True, True, False)
     assert last["bits_per_pixel"] == 36 / 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SQUEEZE_FILE
 from processes import records
-from test_vqvae import train_here
+from tiny_runs import train_here
 
 from train.config import UserError, parse
 from train.features import PerceptualDistance, weights_hash

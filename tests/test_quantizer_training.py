@@ -1,50 +1,30 @@
 """Training with every quantizer of the table: the program itself, two real ranks, and going on after a halt."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_rank_training
-from accelerate.state import AcceleratorState
-from processes import assert_equal_runs, records, run
+from processes import records, run
 from safetensors.torch import load_file
+from tiny_runs import WITH_ANY_QUANTIZER, assert_resumes_to_the_bit, train_here
 
 from tokenizer import QUANTIZERS, ImageTokenizer
-from train.checkpoint import RunFolder
-from train.config import parse
-from train.settings import TokenizerRun
-from train.vqvae import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 NOISY = {"gumbel_vq"}  # each rank draws noise of its own, which no one rank can repeat
-TINY = [
-    "image_size=16",
-    "batch_size=4",
-    "speed.threads=1",
-    "num_workers=0",
-    "model.codebook_dim=4",
-    "model.autoencoder.patch_size=2",
-    "model.autoencoder.base_channels=8",
-    "model.autoencoder.channel_multipliers=[1]",
-    "model.autoencoder.latent_channels=8",
-]
-TEN_STEPS = ["steps=10", "eval_every=5", "save_every=1", "average.decay=0.9", "model.quantizer.codebook_size=32"]
 
 
-def settings_of(name: str, folder: str, output: Path, *settings: str) -> list[str]:
-    return [*TINY, f"model.quantizer.name={name}", f"data={folder}", f"output_dir={output}", *settings]
-
-
-def train_here(*arguments) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main(parse(TokenizerRun, settings_of(*arguments)))
+def train_with(name: str, folder: str, output: Path, *settings: str) -> None:
+    train_here(folder, output, f"model.quantizer.name={name}", *settings, tiny=WITH_ANY_QUANTIZER)
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
 def test_a_tokenizer_with_any_quantizer_trains_loads_encodes_and_decodes(name, picture_folder, tmp_path):
-    train_here(name, picture_folder, tmp_path, "steps=3", "eval_every=3", "save_every=3")
+    train_with(name, picture_folder, tmp_path, "steps=3", "eval_every=3", "save_every=3")
     losses = [record for record in records(tmp_path) if "loss" in record]
     assert losses[-1]["step"] == 3
     tokenizer = ImageTokenizer.from_pretrained(tmp_path)
@@ -76,26 +56,15 @@ def test_two_ranks_end_alike_and_as_one_with_twice_the_batch(name, two_ranks):
 
 @pytest.mark.parametrize("name", ["vq", "gumbel_vq"])
 def test_an_interrupted_run_goes_on_to_the_bit(name, picture_folder, tmp_path, monkeypatch):
-    train_here(name, picture_folder, tmp_path / "whole", *TEN_STEPS)
-    save = RunFolder.save
-
-    def save_and_end(self, accelerator, step, kept):
-        save(self, accelerator, step, kept)
-        if step == 5:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(RunFolder, "save", save_and_end)
-        train_here(name, picture_folder, tmp_path / "parts", *TEN_STEPS)
-    train_here(name, picture_folder, tmp_path / "parts", *TEN_STEPS)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+    train = functools.partial(train_with, name)
+    assert_resumes_to_the_bit(picture_folder, ["model.quantizer.codebook_size=32"], tmp_path, monkeypatch, train)
 
 
 def test_an_optimizer_of_kernels_and_weight_decay_leave_codes_alone(picture_folder, tmp_path):
     """No loss moves IBQ's codes here, so whatever does is the optimizer's own doing."""
     nothing = [f"model.quantizer.{term}_weight=0" for term in ("commitment", "codebook", "index", "entropy")]
     kept = ["optimizer.name=muon", "optimizer.weight_decay=1", "learning_rate=0.1", "loss.reconstruction_weight=0"]
-    train_here("ibq", picture_folder, tmp_path, *nothing, *kept, "steps=3", "save_every=1", "keep_checkpoints=3")
+    train_with("ibq", picture_folder, tmp_path, *nothing, *kept, "steps=3", "save_every=1", "keep_checkpoints=3")
     first, last = (load_file(tmp_path / f"checkpoints/step_{step}/model.safetensors") for step in (1, 3))
     assert torch.equal(first["quantizer.codes.weight"], last["quantizer.codes.weight"])
     key = "autoencoder.encoder.conv_in.weight"

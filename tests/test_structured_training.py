@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, records, run
 from test_token_prior import TINY as TINY_PRIOR
-from test_vqvae import PROGRAM, TINY
+from test_vqvae import PROGRAM
+from tiny_runs import WITH_ANY_QUANTIZER
 
 from prior import AutoregressivePrior
 from tokenizer import ImageTokenizer
@@ -25,7 +26,6 @@ from train.vqvae import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-BESIDE_THE_QUANTIZER = [each for each in TINY if not each.startswith(("model.quantizer.", "steps=", "eval_every="))]
 STRUCTURES = {
     "residual": ["depth=3", "quantizer_dropout=0.5"],
     "grouped": ["groups=2", "each.name=residual", "each.depth=2", "each.each.codebook_size=8"],
@@ -38,7 +38,7 @@ SHAPES = {"residual": (8, 8, 3), "grouped": (8, 8, 4), "multiscale": (1 + 4 + 25
 def settings(name: str, folder: str, output: object, *more: str) -> list[str]:
     own = [f"model.quantizer.{each}" for each in (f"name={name}", *STRUCTURES[name])]
     size = [] if name == "grouped" else ["model.quantizer.each.codebook_size=8"]
-    return [*BESIDE_THE_QUANTIZER, *own, *size, f"data={folder}", f"output_dir={output}", "num_workers=0", *more]
+    return [*WITH_ANY_QUANTIZER, *own, *size, f"data={folder}", f"output_dir={output}", "num_workers=0", *more]
 
 
 def train(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
+from tiny_runs import TEN_STEPS, assert_resumes_to_the_bit
 from torch.utils.checkpoint import checkpoint
 
 from prior import AutoregressivePrior, transformer
@@ -35,16 +36,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = str(ROOT / "train" / "token_prior.py")
-TINY = [
-    "steps=10",
-    "batch_size=4",
-    "eval_every=5",
-    "save_every=1",
-    "speed.threads=1",
-    "model.width=16",
-    "model.num_layers=2",
-    "model.num_heads=2",
-]
+TINY = [*TEN_STEPS, "model.width=16", "model.num_layers=2", "model.num_heads=2"]
 
 
 @pytest.fixture(scope="module")
@@ -192,20 +184,7 @@ def test_activation_checkpointing_is_really_on_and_changes_nothing(undisturbed, 
 
 @pytest.mark.parametrize("variant", [["average.decay=0.9"], ["mixed_precision=bf16"]])
 def test_variants_resume_to_the_bit(variant, made, tmp_path, monkeypatch):
-    whole = train_here(made, tmp_path / "whole", *variant)
-    save = RunFolder.save
-
-    def save_and_end(self, accelerator, step, kept):
-        save(self, accelerator, step, kept)
-        if step == 6:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(RunFolder, "save", save_and_end)
-        train_here(made, tmp_path / "parts", *variant)
-    parts = train_here(made, tmp_path / "parts", *variant)
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+    assert_resumes_to_the_bit(made, variant, tmp_path, monkeypatch, train_here)
 
 
 def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, tmp_path, caplog):

@@ -1,6 +1,5 @@
 """train/vae.py: the promises of the training loop hold for a VAE, and its log shows what the latents know."""
 
-import functools
 import math
 import sys
 from pathlib import Path
@@ -9,39 +8,25 @@ import pytest
 import torch
 from processes import TWO_RANKS, assert_close_runs, records, run
 from safetensors.torch import load_file
-from test_vqvae import assert_resumes_to_the_bit, poison, train_here
+from test_vqvae import poison
+from tiny_runs import TINY_VAE, assert_resumes_to_the_bit, train_vae
 
 from tokenizer import ImageVAE
 from train.config import UserError, help_text, parse
 from train.settings import VAERun
 
-ROOT = Path(__file__).parents[1]
+PROGRAM = str(Path(__file__).parents[1] / "train" / "vae.py")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-TINY = [
-    "image_size=16",
-    "steps=10",
-    "batch_size=4",
-    "eval_every=5",
-    "save_every=1",
-    "average.decay=0.9",
-    "speed.threads=1",
-    "model.latent_dim=4",
-    "model.autoencoder.patch_size=2",
-    "model.autoencoder.base_channels=8",
-    "model.autoencoder.channel_multipliers=[1]",
-    "model.autoencoder.latent_channels=8",
-]
 TARGET = "model.posterior.kl_target=30"
 LADDER = ["model.posterior.name=ladder", "model.posterior.width=8"]
-train_vae = functools.partial(train_here, run=VAERun, tiny=TINY)
 
 
 @pytest.fixture(scope="module")
 def finished(picture_folder, tmp_path_factory) -> Path:
     """A run with a target for the KL, as a process; and so the program itself."""
     output = tmp_path_factory.mktemp("vae") / "run"
-    program = [sys.executable, str(ROOT / "train" / "vae.py"), *TINY, TARGET, "batch_size=8"]
+    program = [sys.executable, PROGRAM, *TINY_VAE, TARGET, "batch_size=8"]
     done = run([*program, f"data={picture_folder}", f"output_dir={output}", "num_workers=0"])
     assert done.returncode == 0, done.stderr
     assert "step 10/10: loss" in done.stderr
@@ -112,7 +97,7 @@ def test_a_ladder_tells_of_every_level_and_draws_through_its_prior(climbed):
 
 
 def test_two_ranks_equal_one_with_twice_the_batch_on_every_level(climbed, picture_folder, tmp_path):
-    program = [sys.executable, *TWO_RANKS, str(ROOT / "train" / "vae.py"), *TINY, *LADDER, "steps=3", "eval_every=3"]
+    program = [sys.executable, *TWO_RANKS, PROGRAM, *TINY_VAE, *LADDER, "steps=3", "eval_every=3"]
     done = run([*program, f"data={picture_folder}", f"output_dir={tmp_path / 'two'}", "num_workers=0"])
     assert done.returncode == 0, done.stderr
     assert_close_runs(climbed, tmp_path / "two")
@@ -120,7 +105,7 @@ def test_two_ranks_equal_one_with_twice_the_batch_on_every_level(climbed, pictur
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(finished, picture_folder, tmp_path):
-    program = [sys.executable, *TWO_RANKS, str(ROOT / "train" / "vae.py"), *TINY, TARGET]
+    program = [sys.executable, *TWO_RANKS, PROGRAM, *TINY_VAE, TARGET]
     done = run([*program, f"data={picture_folder}", f"output_dir={tmp_path / 'two'}"])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two/checkpoints/step_10/state_1.json").is_file()  # there really were two

@@ -3,17 +3,16 @@
 import itertools
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import picture
 from hub_server import serve_hub
 from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
+from tiny_runs import TINY, assert_resumes_to_the_bit, train_here
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import RunFolder
@@ -28,35 +27,10 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 PROGRAM = str(ROOT / "train" / "vqvae.py")
-TINY = [
-    "image_size=16",
-    "steps=10",
-    "batch_size=4",
-    "eval_every=5",
-    "save_every=1",
-    "average.decay=0.9",
-    "speed.threads=1",
-    "model.codebook_dim=4",
-    "model.autoencoder.patch_size=2",
-    "model.autoencoder.base_channels=8",
-    "model.autoencoder.channel_multipliers=[1]",
-    "model.autoencoder.latent_channels=8",
-    "model.quantizer.codebook_size=32",
-    "model.quantizer.revival_threshold=0.5",
-]
 
 
 def command(folder: str, output: Path, *settings: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, PROGRAM, *TINY, f"data={folder}", f"output_dir={output}", *settings]
-
-
-def train_here(
-    folder: str, output: Path, *settings: str, run: type = TokenizerRun, tiny: list[str] = TINY
-) -> dict[str, torch.Tensor]:
-    """A run in this process; the exported tensors."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main(parse(run, [*tiny, f"data={folder}", f"output_dir={output}", "num_workers=0", *settings]))
-    return load_file(output / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -251,25 +225,6 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         picture(index).save(folder / f"{index}.png")
     assert_resumes_to_the_bit(str(tmp_path / "data"), ["streaming=true", "num_workers=2"], tmp_path, monkeypatch)
-
-
-def assert_resumes_to_the_bit(
-    folder: str, settings: list[str], tmp_path: Path, monkeypatch, train: Callable[..., object] = train_here
-) -> None:
-    """Interrupt a run in this process right after a checkpoint, mid-epoch, and compare it with an undisturbed one."""
-    train(folder, tmp_path / "whole", *settings)
-    save = RunFolder.save
-
-    def save_and_end(self, accelerator, step, kept):
-        save(self, accelerator, step, kept)
-        if step == 5:
-            raise InterruptedError
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(RunFolder, "save", save_and_end)
-        train(folder, tmp_path / "parts", *settings)
-    train(folder, tmp_path / "parts", *settings)
-    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 def poison(monkeypatch, at_call: int, times: int = 1):

@@ -66,6 +66,7 @@ def test_the_settings_of_the_measuring_command_are_valid(monkeypatch):
     assert parse(ReconstructionRun, shlex.split(command)).tokenizers == ["runs/mine", "you/name"]
 
 
+@pytest.mark.slow
 def test_the_three_commands_to_a_generator_run_one_after_the_other(tmp_path):
     section = README[README.index("## From pictures to a generator") :]
     lines = re.search(r"```bash\n(.*?)```", section, re.S)[1].splitlines()

@@ -209,6 +209,7 @@ def test_a_little_above_the_best_is_no_overfitting(caplog):
     assert not caplog.text
 
 
+@pytest.mark.slow
 def test_without_a_store_it_is_written_first(tmp_path):
     torch.manual_seed(0)
     ImageTokenizer(tiny_config()).save_pretrained(tmp_path / "runs" / "vqvae")

@@ -111,6 +111,7 @@ def test_two_ranks_equal_one_with_twice_the_batch_and_no_other_number_may_go_on(
     assert "was saved by 2 processes and this run has 1" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_folder, tmp_path):
     arguments = command(picture_folder, tmp_path / "run", "steps=4", "warmup_steps=0")
     limited = ["bash", "-c", f"ulimit -f 16; exec {' '.join(map(repr, arguments))}"]  # files of at most 16 KiB

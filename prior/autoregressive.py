@@ -29,7 +29,7 @@ prior = AutoregressivePrior.from_pretrained("{source}")
 tokenizer = ImageTokenizer.from_pretrained(TOKENIZER)
 prior.check_tokenizer(tokenizer.fingerprint)
 tokens = prior.generate(REQUEST)  # int64 SHAPE
-pictures = tokenizer.decode(tokens)  # float (1, C, H, W) in [0, 1]
+pictures = tokenizer.decode(tokensLABELS)  # float (1, C, H, W) in [0, 1]
 """
 
 
@@ -254,9 +254,12 @@ class AutoregressivePrior(PretrainedModel):
     @property
     def card_usage(self) -> str:
         named = "prior.config.tokenizer" if self.config.tokenizer else '"folder/of/its/tokenizer"'
-        request = "labels=[0]" if self.config.num_classes else "num_samples=1"
+        request, told = "num_samples=1", ""
+        if self.config.num_classes:  # whether the tokenizer is told them as well is known to the tokenizer alone
+            request, told = "labels=[0]", ", labels=[0] if tokenizer.config.num_classes else None"
         shape = f"(1, {', '.join(map(str, self.config.token_shape))})"
-        return USAGE.replace("TOKENIZER", named).replace("REQUEST", request).replace("SHAPE", shape)
+        filled = USAGE.replace("TOKENIZER", named).replace("REQUEST", request).replace("SHAPE", shape)
+        return filled.replace("LABELS", told)
 
 
 def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:

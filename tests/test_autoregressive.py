@@ -5,15 +5,18 @@ Small enough to list all 81 grids of 2 x 2 tokens out of 3, so that every claim 
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
 from prior import PRIORS, AutoregressivePrior, PriorConfig
 from prior.sampling import draw, guide, keep_top_k, keep_top_p
+from tokenizer import ImageTokenizer
 
 TINY = {"vocab_size": 3, "grid_size": [2, 2], "num_classes": 2, "width": 16, "num_layers": 2, "num_heads": 2}
 ALL_GRIDS = torch.tensor(list(product(range(3), repeat=4))).view(81, 2, 2)
@@ -383,14 +386,27 @@ def test_a_config_that_does_not_fit_is_refused(prior, tmp_path, change, message)
         AutoregressivePrior.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("num_classes", "call"), [(2, "generate(labels=[0])"), (0, "generate(num_samples=1)")])
-def test_the_model_card_shows_a_call_that_works(num_classes, call, tmp_path):
-    prior = make_prior(num_classes=num_classes)
-    prior.save_pretrained(tmp_path, source="org/name")
-    card = (tmp_path / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("num_classes", "told", "call"),
+    [(0, 0, "generate(num_samples=1)"), (2, 0, "generate(labels=[0])"), (2, 2, "generate(labels=[0])")],
+    ids=["no classes", "classes of the prior alone", "classes of both"],
+)
+def test_the_code_on_the_model_card_draws_a_picture(num_classes, told, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = ImageTokenizer(tiny_config(quantizer={"name": "ema_vq", "codebook_size": 3}, num_classes=told))
+    tokenizer.save_pretrained("folder/of/its/tokenizer")
+    made_for = {"tokenizer_fingerprint": tokenizer.fingerprint}
+    make_prior(num_classes=num_classes, **made_for).save_pretrained("name")
+    card = Path("name/README.md").read_text()
     assert f"prior.{call}" in card
+    names: dict = {}
+    exec(compile(card.partition("```python\n")[2].partition("```")[0], "README.md", "exec"), names)
+    assert names["tokens"].shape == (1, 2, 2)
+    assert names["pictures"].shape == (1, 3, 4, 4)
+    make_prior(tokenizer="org/tokens", **made_for).save_pretrained("published", source="org/name")
+    card = Path("published/README.md").read_text()
     assert 'AutoregressivePrior.from_pretrained("org/name")' in card
-    assert eval(f"prior.{call}").shape == (1, 2, 2)
+    assert "ImageTokenizer.from_pretrained(prior.config.tokenizer)" in card
 
 
 def test_a_prior_accepts_the_fingerprint_of_its_tokenizer_and_names_both_for_another():

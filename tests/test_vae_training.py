@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from processes import TWO_RANKS, assert_close_runs, records, run
 from safetensors.torch import load_file
 from test_vqvae import poison
@@ -13,7 +14,11 @@ from tiny_runs import TINY_VAE, assert_resumes_to_the_bit, train_vae
 
 from tokenizer import ImageVAE
 from train.config import UserError, help_text, parse
+from train.data import evaluation_batches
+from train.losses import ReconstructionLoss, gaussian_nats
 from train.settings import VAERun
+from train.sources import open_sources
+from train.vae_evaluation import VAEExaminer
 
 PROGRAM = str(Path(__file__).parents[1] / "train" / "vae.py")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -67,6 +72,27 @@ def test_the_log_tells_the_elbo_and_what_the_latents_know(finished):
         assert record["rate_bits_per_dimension"] == pytest.approx(record["kl_nats"] / dimensions / math.log(2))
         weight = record["kl_weight"]  # learned, and so another one in each step
     assert len({record["kl_weight"] for record in in_training}) == 10
+
+
+def test_the_elbo_is_that_of_the_means_which_training_sees_not_of_clamped_pictures(picture_folder):
+    config = parse(VAERun, [*TINY, f"data={picture_folder}", "num_workers=0", "loss.sigma=0.3"])
+    torch.manual_seed(0)
+    vae, (source, rows) = ImageVAE(config.model).eval(), open_sources(config)
+    with torch.no_grad():
+        for weight in vae.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    examiner = VAEExaminer(vae, ReconstructionLoss(config.loss), config, Accelerator(cpu=True), source, rows)
+    ((picture, _),) = evaluation_batches(source, rows, config, vae.downsample_factor)
+    noise = torch.randn(1, 4, picture.shape[2] // 2, picture.shape[3] // 2, generator=torch.Generator().manual_seed(0))
+    (level,), original = vae.levels(picture, lambda _: noise), picture.float() / 255
+    means = vae.decode_latents(level.latents).detach()
+    distortion, clamped = (
+        gaussian_nats(original, each, torch.tensor(0.3)).mean() for each in (means, means.clamp(0, 1))
+    )
+    assert not torch.isclose(distortion, clamped, rtol=0.05)
+    told = examiner.evaluate(vae)
+    assert told["distortion_nats_per_dimension"] == pytest.approx(distortion.item(), rel=1e-5)
+    assert told["elbo_nats_per_dimension"] == pytest.approx(-(distortion + level.kl.sum() / picture.numel()).item())
 
 
 @pytest.fixture(scope="module")

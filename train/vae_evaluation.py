@@ -59,10 +59,11 @@ class VAEExaminer(Examiner):
         for images, labels in self.pictures(model):
             originals = images.float() / 255
             levels = model.levels(images, self.same_noise(), labels=labels)
-            drawn = model.decode(levels[0].latents, labels).cpu()
+            with model.evaluating():  # p(x|z) as it was trained: its mean is not clamped, as pictures are
+                means = model.decode_latents(levels[0].latents, model.classes(labels, len(images))).cpu()
             coded = model.decode(model.encode(images, labels=labels), labels).cpu()
             kl = sum(level.kl.sum((1, 2, 3)) for level in levels) / originals[0].numel()
-            scores, nats = psnr(coded, originals), self.reconstruction_loss.nats(drawn, originals)
+            scores, nats = psnr(coded, originals), self.reconstruction_loss.nats(means, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), kl.sum(), len(scores)], device=device)
         mean_psnr, nats, kl = self.mean_over_pictures(totals)
         return {"psnr": mean_psnr} | self.elbo(nats, kl) | self.knowledge(model)

@@ -28,7 +28,7 @@ class ProbabilisticPCA:
 
     @classmethod
     def at_the_maximum(cls, data: Tensor, num_latents: int) -> "ProbabilisticPCA":
-        """The maximum of the likelihood (equations 7 and 8, with R = I): principal axes, scaled."""
+        """The maximum of the likelihood in closed form: principal axes, scaled, with no rotation added."""
         centred = data - data.mean(0)
         values, axes = torch.linalg.eigh(centred.T @ centred / len(data))  # in ascending order
         variance = values[:-num_latents].mean()
@@ -36,12 +36,12 @@ class ProbabilisticPCA:
         return cls(axes[:, -num_latents:] * kept, data.mean(0), variance)
 
     def log_likelihood(self, data: Tensor) -> float:
-        """Mean over the observations of log p(x), x from N(mean, W W^T + variance I) (equation 4)."""
+        """Mean over the observations of log p(x), x from N(mean, W W^T + variance I)."""
         covariance = self.loadings @ self.loadings.T + self.variance * torch.eye(len(self.mean), dtype=data.dtype)
         return torch.distributions.MultivariateNormal(self.mean, covariance).log_prob(data).mean().item()
 
     def e_step(self, data: Tensor) -> Responsibilities:
-        """The exact posterior of each observation (equation 6): of all q the one that maximises the ELBO."""
+        """The exact posterior p(z|x) of each observation: of all q the one that maximises the ELBO."""
         precision = self.loadings.T @ self.loadings + self.variance * torch.eye(self.loadings.shape[1]).to(data)
         inverse = torch.linalg.inv(precision)  # M^-1
         return Responsibilities((data - self.mean) @ self.loadings @ inverse, self.variance * inverse)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .posteriors.normal import gaussian_log_density
 
-ACTIVE_VARIANCE = 0.01  # of a latent's posterior mean over the images (Burda et al. 2015, arXiv:1509.00519, section 5)
+ACTIVE_VARIANCE = 0.01  # of a latent's posterior mean over the images (Burda et al. 2016, arXiv:1509.00519)
 
 
 def kl_per_channel(kl: Tensor) -> Tensor:

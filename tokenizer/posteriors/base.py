@@ -49,9 +49,9 @@ class Posterior(nn.Module, ABC):
 
     The KL is the sum over all levels, and weighted in one of two ways. Given: by `beta` (beta-VAE, Higgins et al. 2017;
     1 is the ELBO), after a linear `warmup` from 0 (Bowman et al. 2015, arXiv:1511.06349), and charged for a channel
-    only above `free_bits` (Kingma et al. 2016, arXiv:1606.04934, appendix; a group is a channel with all its
-    positions). Learned: with `kl_target` the weight is the multiplier of the constraint KL = kl_target and follows
-    log(KL / kl_target), as GECO's follows its constraint on the reconstruction (Rezende and Viola 2018,
+    only above `free_bits` (the objective with free bits of Kingma et al. 2016, arXiv:1606.04934; a group is a channel
+    with all its positions). Learned: with `kl_target` the weight is the multiplier of the constraint KL = kl_target
+    and follows log(KL / kl_target), as GECO's follows its constraint on the reconstruction (Rezende and Viola 2018,
     arXiv:1810.00597).
 
     Departure: which channels are charged, and the multiplier, follow from the step before, over the batches of all

@@ -241,6 +241,7 @@ def test_codes_are_numbered_by_the_codebook_that_they_belong_to():
     [
         (lambda: ResidualQuantizer(DIM, depth=0), r"depth=0 must lie in 1..16"),
         (lambda: ResidualQuantizer(DIM, depth=17), r"depth=17 must lie in 1..16"),
+        (lambda: ResidualQuantizer(DIM, refinement=0.5), "refinement=0.5 must be at least 1, or null"),
         (lambda: ResidualQuantizer(DIM, quantizer_dropout=1.5), r"quantizer_dropout=1.5 must lie in \[0, 1\]"),
         (
             lambda: ResidualQuantizer(DIM, {"name": "residual"}),

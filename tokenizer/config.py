@@ -40,8 +40,9 @@ class ImageConfig(PretrainedConfig):
 class TokenizerConfig(ImageConfig):
     """`autoencoder` and `quantizer` name a class of their table and its hyperparameters; absent ones are filled in."""
 
-    format_version: ClassVar[int] = 2
+    format_version: ClassVar[int] = 3
     later_keys: ClassVar[dict[str, tuple[int, Any]]] = {
+        "quantizer.residual.refinement": (3, 1.0),
         "quantizer.ema_vq.gradient": (2, "straight_through"),
         "num_classes": (2, 0),
         "pixel_range": (2, [-1.0, 1.0]),

@@ -32,6 +32,7 @@ class Quantizer(nn.Module, ABC):
     multiscale: ClassVar[bool] = False  # indices are (B, L); `indices_to_codes` then takes grid_size=(h, w) too
     coarse_to_fine: ClassVar[bool] = False  # whether the first codebooks, or the first scales, decode without the rest
     has_parts: ClassVar[bool] = False  # whether it is built of other members of the table
+    refinement: float = 1.0  # times finer that fixed codes must be for what they have left; 1 where codes learn to be
 
     @abstractmethod
     def forward(self, latents: Tensor) -> QuantizerOutput:

@@ -34,6 +34,6 @@ class BinarySphericalQuantizer(LookupFreeQuantizer):
         )
         self.scale = 1 / math.sqrt(codebook_dim)
 
-    def placed(self, latents: Tensor) -> Tensor:
+    def compared(self, latents: Tensor) -> Tensor:
         """The latents (B, D, h, w) at unit length."""
         return F.normalize(latents, dim=1)

@@ -37,6 +37,7 @@ class FiniteScalarQuantizer(Quantizer):
         # Lists and no buffers: they are no part of a checkpoint, and no cast to bfloat16 may round them.
         self.levels = levels
         self.place_values = [math.prod(levels[:number]) for number in range(codebook_dim)]
+        self.refinement = float(min(levels))
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):

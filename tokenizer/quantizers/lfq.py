@@ -27,6 +27,8 @@ class LookupFreeQuantizer(Quantizer):
     The mean is over the batches of all ranks; batches that are accumulated have one each.
     """
 
+    refinement = 2.0
+
     def __init__(
         self,
         codebook_dim: int,  # D, the number of bits
@@ -51,7 +53,7 @@ class LookupFreeQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = self.placed(latents.float())
+            latents = self.compared(latents.float())
             bits = latents > 0
             codes = self.codes_of(bits)
             losses = {"commitment": self.commitment_weight * F.mse_loss(latents, codes)}
@@ -60,7 +62,7 @@ class LookupFreeQuantizer(Quantizer):
             quantized = straight_through(latents, codes)
         return QuantizerOutput(quantized, bits_to_indices(bits), losses)
 
-    def placed(self, latents: Tensor) -> Tensor:
+    def compared(self, latents: Tensor) -> Tensor:
         """The latents (B, D, h, w) as they are compared with the codes."""
         return latents
 

@@ -5,6 +5,7 @@ Lee et al. 2022, arXiv:2203.01941 (RQ-VAE), section 3.1; quantizer dropout: Zegh
 Shapes: B batch, D codebook_dim, h w grid sides, q depth.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ class ResidualQuantizer(SuccessiveQuantizer):
     straight-through stages pass it once. Quantizer dropout draws for each picture, as in SoundStream, how many stages
     its codes are summed over; all stages see all pictures, in search, statistics and losses, so that ranks stay alike.
 
+    Codes that never move would leave nothing to the stages after the first, so they are made `refinement` times finer
+    from stage to stage: each stage quantizes its residual times refinement^stage. Its losses are weighted by
+    refinement^(-2 stage), which makes of squared errors those of the residuals.
+
     A stage is placed on the residuals that the placed stages before it leave of the latents of the same batch. With a
     shared codebook, statistics, losses and candidates for its codes are taken from the inputs of all stages at once.
     """
@@ -37,6 +42,7 @@ class ResidualQuantizer(SuccessiveQuantizer):
         depth: int = 4,  # q, stages
         shared: bool = False,  # one codebook for all stages, as in RQ-VAE; else each has its own, as in SoundStream
         quantizer_dropout: float = 0.0,  # share of the pictures of a training batch that keep only the first stages
+        refinement: float | None = None,  # times that a stage's codes are finer than those before; null: by the part
     ):
         super().__init__()
         check_codebook_dim(codebook_dim)
@@ -44,11 +50,15 @@ class ResidualQuantizer(SuccessiveQuantizer):
             raise ValueError(f"depth={depth} must lie in 1..{MAX_DEPTH}")
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"quantizer_dropout={quantizer_dropout} must lie in [0, 1]: it is a share of the pictures")
+        if refinement is not None and refinement < 1:
+            raise ValueError(f"refinement={refinement} must be at least 1, or null for what suits the part")
         parts = [build_part(each, codebook_dim, "residual") for _ in range(1 if shared else depth)]
         self.parts = torch.nn.ModuleList(parts)
         self.vocab_size = parts[0].vocab_size
         self.num_codebooks = depth
         self.quantizer_dropout = quantizer_dropout
+        self.refinement = parts[0].refinement if refinement is None else refinement
+        self.scales = [self.refinement**-stage for stage in range(depth)]  # of the codes of each stage
 
     @property
     def stages(self) -> list[Quantizer]:
@@ -67,7 +77,7 @@ class ResidualQuantizer(SuccessiveQuantizer):
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             self.remember(latents)
-            together = self.training and self.shared and self.placed
+            together = self.training and self.shared and self.placed and self.refinement == 1
             outputs = self.at_once(latents) if together else self.in_turn(latents)
             kept = self.stages_kept(latents)
             quantized = sum(
@@ -80,8 +90,10 @@ class ResidualQuantizer(SuccessiveQuantizer):
     def in_turn(self, latents: Tensor) -> list[QuantizerOutput]:
         """The output of each stage, the codes of those before taken off its input as constants."""
         outputs, residual = [], latents
-        for stage in self.stages:
-            outputs.append(stage(residual))
+        for stage, scale in zip(self.stages, self.scales, strict=True):
+            found = stage(residual / scale)
+            losses = {name: scale**2 * loss for name, loss in found.losses.items()}
+            outputs.append(QuantizerOutput(scale * found.quantized, found.indices, losses))
             residual = residual - outputs[-1].quantized.detach()
         return outputs
 
@@ -93,9 +105,10 @@ class ResidualQuantizer(SuccessiveQuantizer):
 
     def stage_inputs(self, latents: Tensor, part: Quantizer) -> Tensor:
         """What all stages give to a shared part in eval mode, below one another (B, D, q * h, w)."""
-        inputs = [latents]
-        for _ in range(self.num_codebooks - 1):
-            inputs.append(inputs[-1] - evaluated(part, inputs[-1]).quantized)
+        inputs, residual = [latents], latents
+        for before, scale in pairwise(self.scales):
+            residual = residual - before * evaluated(part, inputs[-1]).quantized
+            inputs.append(residual / scale)
         return torch.cat(inputs, dim=2)
 
     def stages_kept(self, latents: Tensor) -> Tensor:
@@ -109,8 +122,8 @@ class ResidualQuantizer(SuccessiveQuantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w, k) of the first k stages to codes (B, D, h, w) float32."""
-        stages = zip(self.stages, indices.unbind(-1), strict=False)
-        return sum(stage.indices_to_codes(each) for stage, each in stages)
+        stages = zip(self.stages, self.scales, indices.unbind(-1), strict=False)
+        return sum(scale * stage.indices_to_codes(each) for stage, scale, each in stages)
 
     @torch.no_grad()
     def place(self, latents: Tensor, progress: float) -> bool:
@@ -118,12 +131,12 @@ class ResidualQuantizer(SuccessiveQuantizer):
         if self.shared:
             return place_shared(self.parts[0], latents, lambda part: self.stage_inputs(latents, part), progress)
         self.discard()
-        for part in self.parts:
-            part(latents)
+        for part, scale in zip(self.parts, self.scales, strict=True):
+            part(latents / scale)
             part.step(progress)
             if not part.placed:  # it is too early
                 return False
-            latents = latents - evaluated(part, latents).quantized
+            latents = latents - scale * evaluated(part, latents / scale).quantized
         return True
 
 

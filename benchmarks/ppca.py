@@ -47,7 +47,7 @@ class ProbabilisticPCA:
         return Responsibilities((data - self.mean) @ self.loadings @ inverse, self.variance * inverse)
 
     def m_step(self, data: Tensor, given: Responsibilities) -> "ProbabilisticPCA":
-        """Of all loadings and variances those that maximise the ELBO under q (appendix B; the mean is the data's)."""
+        """Of all loadings and variances those that maximise the ELBO under q (the mean is the data's)."""
         mean = data.mean(0)
         centred = data - mean
         second = given.mean.T @ given.mean / len(data) + given.covariance  # E z z^T

@@ -28,6 +28,24 @@ def tokenizer_row(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def vae_row(result: dict[str, Any]) -> dict[str, str]:
+    """The cells of a VAE's recorded run, by the column's title; of several levels the decoder's first."""
+    metrics = result["metrics"]
+    levels = [key.removeprefix("active_units") for key in metrics if key.startswith("active_units_level")] or [""]
+    active = [f"{metrics[f'active_units{each}']} of {metrics[f'num_units{each}']}" for each in levels]
+    return {
+        "command": f"`{result['command']}`",
+        "ELBO, nats per dimension": f"{metrics['elbo_nats_per_dimension']:.3f}",
+        "bits per dimension": f"{metrics['total_bits_per_dimension']:.3f}",
+        "of these KL": f"{metrics['rate_bits_per_dimension']:.3f}",
+        "KL, nats per crop": " + ".join(f"{metrics[f'kl_nats{each}']:.1f}" for each in levels),
+        "active units": " + ".join(active),
+        "PSNR of the mean's reconstruction": f"{metrics['psnr']:.2f} dB",
+        "time": f"{result['seconds'] / 60:.1f} min",
+        "on": hardware(result),
+    }
+
+
 def prior_row(result: dict[str, Any]) -> dict[str, str]:
     """The cells of a prior's recorded run, by the column's title."""
     metrics = result["metrics"]
@@ -322,6 +340,7 @@ BOTTLENECKS = {  # of each member of QUANTIZERS the paper, and when to choose it
 
 ROWS = {
     "vqvae": tokenizer_row,
+    "vae": vae_row,
     "encode_dataset": store_row,
     "token_prior": prior_row,
     "generation": generation_row,

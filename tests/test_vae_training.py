@@ -75,7 +75,7 @@ def test_the_log_tells_the_elbo_and_what_the_latents_know(finished):
 
 
 def test_the_elbo_is_that_of_the_means_which_training_sees_not_of_clamped_pictures(picture_folder):
-    config = parse(VAERun, [*TINY, f"data={picture_folder}", "num_workers=0", "loss.sigma=0.3"])
+    config = parse(VAERun, [*TINY_VAE, f"data={picture_folder}", "num_workers=0", "loss.sigma=0.3"])
     torch.manual_seed(0)
     vae, (source, rows) = ImageVAE(config.model).eval(), open_sources(config)
     with torch.no_grad():

@@ -33,7 +33,7 @@ class CodecRun:
     attention: bool = False  # at the lowest resolution, between the levels
     codebook_size: int = 16384
     codebook_dim: int = 8
-    image_sizes: list[int] = field(default_factory=lambda: [64, 128, 256])  # S, pixels
+    image_sizes: list[int] = field(default_factory=lambda: [128, 256])  # S, pixels
     max_pixels: int = 2**17  # B x S x S, by which the batch is chosen
     rounds: int = 5  # figures of each, of which the median is taken
     seconds: float = 0.0  # that a figure is measured over, at least; one call is

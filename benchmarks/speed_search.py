@@ -32,12 +32,12 @@ PEERS = ("diffusers", "vector-quantize-pytorch")
 class SearchRun:
     """Settings of benchmarks/speed.py search."""
 
-    codebook_sizes: list[int] = field(default_factory=lambda: [512, 4096, 16384, 65536, 262144])  # K
-    codebook_dims: list[int] = field(default_factory=lambda: [8, 16, 64, 256])  # D
+    codebook_sizes: list[int] = field(default_factory=lambda: [512, 4096, 16384, 262144])  # K
+    codebook_dims: list[int] = field(default_factory=lambda: [8, 16, 256])  # D
     max_scores: int = 2**26  # N x K, by which the number of vectors is chosen: the peers hold several of that size
     max_vectors: int = 4096  # N
-    rounds: int = 7  # figures of each, of which the median is taken
-    seconds: float = 0.05  # that a figure is measured over, at least
+    rounds: int = 5  # figures of each, of which the median is taken
+    seconds: float = 0.02  # that a figure is measured over, at least
     threads: int = 1
     device: str = "cpu"
     seed: int = 0

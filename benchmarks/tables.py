@@ -91,25 +91,36 @@ def generation_row(result: dict[str, Any]) -> dict[str, str]:
 
 
 def reconstruction_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits."""
+    """The cells of each tokenizer of a recorded comparison, by the column's title, and of the codecs at its bits.
+
+    Of a codec that cannot make files so small, its smallest ones stand at the end.
+    """
     protocol = result["protocol"]
     settings, images = protocol["settings"], protocol["images"]
     pictures = f"{images:,} of {settings['data']} {protocol['split']}, {settings['image_size']} px"
-    rows = []
-    for row in result["rows"]:
-        if "quality" not in row:
-            bits, network = row["bits_per_pixel"], row.get("lpips", {}).get("network")
-            rows.append(reconstruction_cells(row["name"], bits, row, network, pictures))
-            for codec, means in row["codecs_at_the_same_bits"].items():
-                measured = {measure: {"mean": mean} for measure, mean in (means or {}).items()}
+    tokenizers = [row for row in result["rows"] if "quality" not in row]
+    rows, too_large = [], set()
+    for row in tokenizers:
+        bits, network = row["bits_per_pixel"], row.get("lpips", {}).get("network")
+        rows.append(reconstruction_cells(row["name"], bits, row, network, pictures))
+        for codec, means in row["codecs_at_the_same_bits"].items():
+            if means is None:
+                too_large.add(codec)
+            else:
+                measured = {measure: {"mean": mean} for measure, mean in means.items()}
                 rows.append(reconstruction_cells(f"{codec} at those bits", bits, measured, network, pictures))
+    for codec in sorted(too_large):
+        files = [row for row in result["rows"] if "quality" in row and row["name"] == codec]
+        row = min(files, key=lambda row: row["bits_per_pixel"])
+        name = f"{codec} at its fewest bits"
+        rows.append(reconstruction_cells(name, row["bits_per_pixel"], row, network, pictures))
     return rows
 
 
 def reconstruction_cells(
     name: str, bits: float, measured: dict[str, Any], lpips_network: str | None, pictures: str
 ) -> dict[str, str]:
-    """One line of the comparison, with half of each interval; a codec without means cannot make files of that size."""
+    """One line of the comparison, with half of each interval."""
     cells = {"what": name, "bits per pixel": f"{bits:.3f}"}
     for measure, (title, digits) in MEASURES.items():
         found = measured.get(measure)

@@ -4,9 +4,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from tokenizer.pretrained import PretrainedConfig
 
 MAX_VOCAB_SIZE = 2**20  # tokens; each has a row of `width` numbers in the embedding and another in the head
@@ -82,6 +79,9 @@ class PriorConfig(PretrainedConfig):
     def check_origin(self) -> None:
         """Raise ValueError where the tokenizer is not named as it must be."""
         if self.tokenizer is not None:
+            from huggingface_hub.errors import HFValidationError  # here, as they take longer to import than all of ours
+            from huggingface_hub.utils import validate_repo_id
+
             try:
                 validate_repo_id(self.tokenizer)
             except HFValidationError:

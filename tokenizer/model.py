@@ -20,6 +20,7 @@ from .images import Images
 from .labels import Labels
 from .quantizers import QUANTIZERS, Quantizer
 from .tokens import checked_tokens, grid_of, num_places, rule_of, token_shape
+from .unfilled import unfilled
 
 USAGE = """
 from PIL import Image
@@ -64,8 +65,7 @@ class ImageTokenizer(ImageModel):
         """
         folder = Path(folder)
         config = read_config(folder, pixel_range)
-        with torch.device("meta"):
-            model = cls(config)
+        model = unfilled(lambda: cls(config))
         return model.with_weights(read_weights(folder, config, model.state_dict()))
 
     @property

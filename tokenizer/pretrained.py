@@ -19,11 +19,11 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
-from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .unfilled import unfilled
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -279,14 +279,15 @@ class PretrainedModel(nn.Module):
         if name != cls.__name__:
             raise ValueError(f"{path} describes a model of class {name}; load it with {name}.from_pretrained")
         config = cls.config_class.from_dict(values, version, str(path))
-        with torch.device("meta"):
-            return cls(config)
+        return unfilled(lambda: cls(config))
 
     def push_to_hub(self, repo_id: str, card: ModelCard, private: bool | None = None, token: str | None = None) -> str:
         """Create the repository if it is not there and upload the model in one commit; returns the commit's address.
 
         The card must state licence, data and data licence. A failed upload leaves the repository as it was.
         """
+        from huggingface_hub import HfApi  # here, as `download` says
+
         card.require_complete()
         hub = HfApi(token=token)
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner
@@ -297,6 +298,8 @@ class PretrainedModel(nn.Module):
 
     def render_card(self, card: ModelCard, source: str) -> str:
         """README.md: the Hub's metadata, the sample, how to use it, the measured metrics, the settings."""
+        from huggingface_hub import ModelCardData  # here, as `download` says
+
         data = [card.data] if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", card.data or "") else None
         metadata = ModelCardData(license=card.license, library_name="tokengrid", tags=self.card_tags, datasets=data)
         title = source.rpartition("/")[2]
@@ -333,6 +336,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def download(repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
     """The folder in the Hub's cache that holds the model's files; FileNotFoundError naming both readings."""
+    # Here, as the Hub's client takes longer to import than all of ours, and a model in a folder needs none.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
     try:
         patterns = [CONFIG_NAME, WEIGHTS_NAME]
         folder = snapshot_download(

@@ -111,5 +111,5 @@ def joining(channels: int) -> nn.Conv2d:
     """A 1x1 convolution of (B, 2 * channels, h, w), which at first adds a mixture of the second half to the first."""
     convolution = nn.Conv2d(2 * channels, channels, 1)
     with torch.no_grad():
-        convolution.weight[:, :channels] = torch.eye(channels)[..., None, None]
+        nn.init.dirac_(convolution.weight[:, :channels])
     return convolution

@@ -32,7 +32,7 @@ class SimVQ(NearestCodeQuantizer):
         check_not_negative(codebook_weight=codebook_weight, commitment_weight=commitment_weight)
         super().__init__(commitment_weight, gradient, codebook_weight=codebook_weight)
         self.vocab_size = codebook_size
-        self.register_buffer("frozen_codes", torch.randn(codebook_size, codebook_dim) * codebook_dim**-0.5)
+        self.register_buffer("frozen_codes", torch.empty(codebook_size, codebook_dim).normal_(std=codebook_dim**-0.5))
         self.map = nn.Linear(codebook_dim, codebook_dim, bias=False)
 
     @property

@@ -18,6 +18,7 @@ from .images import Images, check_shape, from_model_range, nearest_multiples, to
 from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
 from .rounding import by_parts, laid_out
+from .tiles import Tiles, checked_tiles
 
 DECODED_PIXELS_AT_ONCE = 2**14  # on a CPU: more leave its cache between one layer and the next
 
@@ -50,20 +51,24 @@ class ImageModel(PretrainedModel):
         checked = checked_labels(labels, self.config.num_classes, num_images)
         return None if checked is None else checked.to(self.device)
 
-    def encode_latents(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
+    def encode_latents(self, images: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
         """Float images (B, C, H, W) in [0, 1] to what the encoder gives (B, D, h, w), before the bottleneck.
 
         A conditional model takes what `classes` makes of the labels.
         In eval mode on a CPU the pictures go through one by one, so that none depends on those beside it.
         """
+        if tiles is not None:
+            return tiles.encoded(lambda tile: self.encode_latents(tile, classes), images)
         pixels = to_model_range(images.float(), *self.config.pixel_range)  # float32: bfloat16 rounds once
         return self.through(self.autoencoder.encoder, 1, pixels, classes)
 
-    def decode_latents(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
+    def decode_latents(self, latents: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
 
         A conditional model takes what `classes` makes of the labels.
         """
+        if tiles is not None:
+            return tiles.decoded(lambda tile: self.decode_latents(tile, classes), latents)
         pixels_of_each = latents.shape[2] * latents.shape[3] * self.downsample_factor**2
         at_once = max(1, DECODED_PIXELS_AT_ONCE // max(1, pixels_of_each))
         pixels = self.through(self.autoencoder.decoder, at_once, latents, classes).float()
@@ -73,6 +78,10 @@ class ImageModel(PretrainedModel):
         """What a network of the autoencoder makes of a batch, in eval mode on a CPU of so many `at_once`."""
         given = [batch] if classes is None else [batch, classes]
         return by_parts(lambda part, *told: network(laid_out(part, network), *told), given, self.training, at_once)
+
+    def tiles(self, tile_size: int | None, tile_overlap: int | None) -> Tiles | None:
+        """The tiles that are asked for in pixels, None for none; ValueError for what the factor does not divide."""
+        return checked_tiles(tile_size, tile_overlap, self.downsample_factor)
 
     def check_forward(self, images: Tensor) -> None:
         """Raise ValueError unless these are floats (B, C, H, W), sides divisible by the factor."""

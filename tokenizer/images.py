@@ -105,7 +105,7 @@ def nearest_multiples(side: int, factor: int) -> str:
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8, or float in [0, 1], to float32 in [0, 1]."""
     if images.dtype == torch.uint8:
-        return images.float() / 255
+        return images.float().div_(255)
     if not images.is_floating_point():
         raise ValueError(f"images of {images.dtype}; the rule is uint8, or float in [0, 1]")
     images = images.float()

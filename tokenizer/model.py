@@ -82,7 +82,12 @@ class ImageTokenizer(ImageModel):
 
     @torch.no_grad()
     def encode(
-        self, images: Images, resize: int | Literal["config"] | None = "config", labels: Labels | None = None
+        self,
+        images: Images,
+        resize: int | Literal["config"] | None = "config",
+        labels: Labels | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> Tensor:
         """Images to tokens int64 in [0, vocab_size), on the model's device.
 
@@ -94,15 +99,25 @@ class ImageTokenizer(ImageModel):
         argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
         the factor. Arrays and tensors are never resized. A conditional model needs `labels` (B,), an unconditional one
         refuses them. Raises ValueError for anything else.
+
+        With `tile_size` a large picture is encoded in squares of so many pixels a side, of which neighbours share
+        `tile_overlap` or more, by default a quarter: memory no longer grows with the network's layers times the
+        picture. tiles.py says how near that is to the picture as a whole.
         """
+        tiles = self.tiles(tile_size, tile_overlap)
         batch = self.prepared(images, resize)
         classes = self.classes(labels, len(batch))
         with self.evaluating():
-            return self.quantizer(self.encode_latents(batch, classes)).indices
+            return self.quantizer(self.encode_latents(batch, classes, tiles)).indices
 
     @torch.no_grad()
     def decode(
-        self, tokens: Tensor, image_size: int | tuple[int, int] | None = None, labels: Labels | None = None
+        self,
+        tokens: Tensor,
+        image_size: int | tuple[int, int] | None = None,
+        labels: Labels | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> Tensor:
         """Tokens as `encode` gives them, or those of one picture, to float32 images (B, C, H, W) in [0, 1].
 
@@ -110,10 +125,13 @@ class ImageTokenizer(ImageModel):
         squares. From coarse to fine a part decodes too: the first codebooks (B, h, w, k), or with `image_size` the
         first scales. A conditional model needs `labels` (B,), of the same class or another. Raises ValueError for
         tokens that are not integers, lie outside [0, vocab_size) or are no grid.
+
+        With `tile_size` a large picture is decoded in tiles, as `encode` says, whatever it was encoded in.
         """
+        tiles = self.tiles(tile_size, tile_overlap)
         with self.evaluating():
             codes = self.tokens_to_codes(tokens, image_size)
-            return self.decode_latents(codes, self.classes(labels, len(codes))).clamp(0, 1)
+            return self.decode_latents(codes, self.classes(labels, len(codes)), tiles).clamp_(0, 1)
 
     def tokens_to_codes(self, tokens: Tensor, image_size: int | tuple[int, int] | None = None) -> Tensor:
         """Tokens to codes (B, D, h, w) float32; arguments and ValueError as in `decode`."""

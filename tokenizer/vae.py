@@ -81,15 +81,18 @@ class ImageVAE(ImageModel):
         noise: Noise = torch.zeros_like,
         resize: int | Literal["config"] | None = "config",
         labels: Labels | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> list[Level]:
         """Every level of latents under q(z|x), the decoder's first, of whatever `encode` takes.
 
         `noise` is asked for the standard normal noise of each level, by default nought, so that latents are means.
         """
+        tiles = self.tiles(tile_size, tile_overlap)
         batch = self.prepared(images, resize)
         classes = self.classes(labels, len(batch))
         with self.evaluating():
-            return self.posterior.infer(self.encode_latents(batch, classes), noise)
+            return self.posterior.infer(self.encode_latents(batch, classes, tiles), noise)
 
     def moments(
         self, images: Images, resize: int | Literal["config"] | None = "config", labels: Labels | None = None
@@ -108,22 +111,34 @@ class ImageVAE(ImageModel):
         resize: int | Literal["config"] | None = "config",
         generator: torch.Generator | None = None,
         labels: Labels | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
     ) -> Tensor:
         """Images to latents (B, D, h, w) float32 on the model's device: the mean of q(z|x), or with `sample` a draw.
 
         With several levels they are those of the lowest, given the means, or draws, of the levels above.
         Takes what `ImageTokenizer.encode` takes and prepares it alike; ValueError for anything else. `generator`, of
         the CPU, makes the draw repeatable. A conditional model needs `labels` (B,), an unconditional one refuses them.
+        With `tile_size` a large picture is encoded in tiles, as by `ImageTokenizer.encode`; the noise is as without.
         """
-        return self.levels(images, noise_of(generator) if sample else torch.zeros_like, resize, labels)[0].latents
+        noise = noise_of(generator) if sample else torch.zeros_like
+        return self.levels(images, noise, resize, labels, tile_size, tile_overlap)[0].latents
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, labels: Labels | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        labels: Labels | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+    ) -> Tensor:
         """Latents (B, D, h, w), or (D, h, w) for one picture, to float32 images (B, C, H, W) in [0, 1].
 
         They are the mean of p(x|z), clamped. A conditional model needs `labels` (B,), of the same class or another.
-        Raises ValueError for latents of another shape or type, or not finite.
+        With `tile_size` a large picture is decoded in tiles, as by `ImageTokenizer.decode`. Raises ValueError for
+        latents of another shape or type, or not finite.
         """
+        tiles = self.tiles(tile_size, tile_overlap)
         dim = self.config.latent_dim
         if not isinstance(latents, Tensor) or not latents.is_floating_point():
             kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
@@ -135,7 +150,8 @@ class ImageVAE(ImageModel):
         if not batch.isfinite().all():
             raise ValueError("latents hold NaN or infinity; the rule is finite numbers, as encode returns them")
         with self.evaluating():
-            return self.decode_latents(batch.to(self.device), self.classes(labels, len(batch))).clamp(0, 1)
+            classes = self.classes(labels, len(batch))
+            return self.decode_latents(batch.to(self.device), classes, tiles).clamp_(0, 1)
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,93 @@
+"""Start-up: seconds of importing and of loading a tokenizer from a folder, beside diffusers' VQModel, same weights.
+
+Each figure is of a process of its own, in turns; the files lie in the system's cache. What `import torch` takes is
+counted apart, since both need it. The floor is what reading the weights takes, into memory that is the process's own.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from recording import ROOT, command_line, num_parameters, record, tell
+from speed_codec import CodecRun, vq_model
+from stopwatch import MIN_ROUNDS, speedup, spread
+
+from tokenizer import ImageTokenizer
+from train.settings import require
+
+STARTED = """
+import json, sys, time
+begun = time.perf_counter()
+import torch
+torch_there = time.perf_counter()
+IMPORT
+library_there = time.perf_counter()
+LOAD
+print(json.dumps([torch_there - begun, library_there - torch_there, time.perf_counter() - library_there]))
+"""
+STARTS = {  # of each what is imported, and how the weights in the folder sys.argv[1] are loaded
+    "ours": ("from tokenizer import ImageTokenizer", "ImageTokenizer.from_pretrained(sys.argv[1])"),
+    "diffusers": ("from diffusers import VQModel", "VQModel.from_pretrained(sys.argv[1])"),
+    "reading alone": (
+        "from safetensors.torch import load_file",
+        "[each.clone() for each in load_file(f'{sys.argv[1]}/model.safetensors').values()]",
+    ),
+}
+PARTS = ("import_torch", "import_library", "load")
+
+
+@dataclass
+class StartRun:
+    """Settings of benchmarks/speed.py start; the architecture is VQGAN's at factor 16, 70 million parameters."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 128, 256, 256, 512])  # a level each
+    layers_per_block: int = 2
+    codebook_size: int = 16384
+    codebook_dim: int = 256
+    rounds: int = 7  # processes of each, of which the median is taken
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
+
+
+def main(config: StartRun, root: Path = ROOT) -> None:
+    """Measure and write results/speed_start.json under `root`."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, ours = f"{folder}/theirs", f"{folder}/ours"
+        architecture = {key: value for key, value in asdict(config).items() if key != "rounds"}
+        vq_model(CodecRun(**architecture, attention=True)).save_pretrained(theirs)
+        model = ImageTokenizer.from_diffusers(theirs, pixel_range=(0, 1))
+        model.save_pretrained(ours)
+        folders = {"ours": ours, "diffusers": theirs, "reading alone": ours}
+        for name in STARTS:  # fills the system's cache and does not count
+            started(name, folders[name])
+        seconds: dict[str, list[list[float]]] = {name: [] for name in STARTS}
+        for number in range(config.rounds):
+            tell(f"round {number + 1} of {config.rounds}")
+            for name in list(STARTS)[:: -1 if number % 2 else 1]:
+                seconds[name].append(started(name, folders[name]))
+    beyond = {name: [sum(each[1:]) for each in found] for name, found in seconds.items()}
+    figures = {
+        "command": command_line("speed", "start", asdict(config), asdict(StartRun()), ()),
+        "settings": asdict(config),
+        "parameters": num_parameters(model),
+        "each": {
+            name: {part: spread(list(each)) for part, each in zip(PARTS, zip(*found, strict=True), strict=True)}
+            | {"beyond_torch": spread(beyond[name]), "ours_is_faster": speedup(beyond["ours"], beyond[name])}
+            for name, found in seconds.items()
+        },
+    }
+    record("speed_start", figures, root)
+
+
+def started(name: str, folder: str) -> list[float]:
+    """Seconds of the PARTS in a new process; RuntimeError with what it said where it fails."""
+    library, load = STARTS[name]
+    code = STARTED.replace("IMPORT", library).replace("LOAD", load)
+    finished = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{name} did not start:\n{finished.stderr}")
+    return json.loads(finished.stdout.splitlines()[-1])

@@ -8,13 +8,17 @@ stands next to the floor that nothing can go below.
 import sys
 
 import speed_codec
+import speed_large
 import speed_search
+import speed_start
 
 from train.config import launch
 
 PARTS = {
     "codec": (speed_codec.main, speed_codec.CodecRun),
+    "large": (speed_large.main, speed_large.LargeRun),
     "search": (speed_search.main, speed_search.SearchRun),
+    "start": (speed_start.main, speed_start.StartRun),
 }
 
 if __name__ == "__main__":

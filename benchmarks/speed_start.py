@@ -69,18 +69,19 @@ def main(config: StartRun, root: Path = ROOT) -> None:
             tell(f"round {number + 1} of {config.rounds}")
             for name in list(STARTS)[:: -1 if number % 2 else 1]:
                 seconds[name].append(started(name, folders[name]))
-    beyond = {name: [sum(each[1:]) for each in found] for name, found in seconds.items()}
-    figures = {
-        "command": command_line("speed", "start", asdict(config), asdict(StartRun()), ()),
-        "settings": asdict(config),
-        "parameters": num_parameters(model),
-        "each": {
-            name: {part: spread(list(each)) for part, each in zip(PARTS, zip(*found, strict=True), strict=True)}
-            | {"beyond_torch": spread(beyond[name]), "ours_is_faster": speedup(beyond["ours"], beyond[name])}
-            for name, found in seconds.items()
-        },
+    command = command_line("speed", "start", asdict(config), asdict(StartRun()), ())
+    figures = {"command": command, "settings": asdict(config), "parameters": num_parameters(model)}
+    record("speed_start", figures | {"each": summaries(seconds)}, root)
+
+
+def summaries(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and spread over the rounds of each part, of all parts after torch, and how much faster ours is there."""
+    beyond = {name: [sum(each[1:]) for each in rounds] for name, rounds in seconds.items()}
+    return {
+        name: {part: spread(list(each)) for part, each in zip(PARTS, zip(*rounds, strict=True), strict=True)}
+        | {"beyond_torch": spread(beyond[name]), "ours_is_faster": speedup(beyond["ours"], beyond[name])}
+        for name, rounds in seconds.items()
     }
-    record("speed_start", figures, root)
 
 
 def started(name: str, folder: str) -> list[float]:

@@ -49,6 +49,53 @@ def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def large_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A line of each picture as a whole and in tiles."""
+    rows = []
+    for row in result["rows"]:
+        encode, decode = row["encode"], row["decode"]
+        tiles = f"{row['tile_size']} px, sharing {row['tile_overlap']}" if "tile_size" in row else "the whole"
+        compared = "tokens_that_differ" in row
+        rows.append(
+            {
+                "picture": f"{row['image_size']} px a side",
+                "tiles": tiles,
+                "encode": told_seconds(encode["seconds"]),
+                "decode": told_seconds(decode["seconds"]),
+                "peak memory: encode, decode (MiB)": ", ".join(
+                    mebibytes(part["peak_memory"]) for part in (encode, decode)
+                ),
+                "of that the picture (MiB)": mebibytes(row["picture_bytes"]),
+                "tokens that differ": f"{row['tokens_that_differ']:.1%}" if compared else "-",
+                "error at seams, elsewhere (levels of 256)": (
+                    f"{row['error_at_seams']:.2f}, {row['error_elsewhere']:.2f}" if compared else "-"
+                ),
+                "error of coding itself": f"{row['error_of_coding']:.2f}" if compared else "-",
+            }
+        )
+    return rows
+
+
+def start_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A line of ours, of the peer, and of reading the weights alone."""
+    return [
+        {
+            "what": name,
+            "import torch": told_seconds(each["import_torch"]),
+            "import the library": told_seconds(each["import_library"]),
+            f"load {result['parameters'] / 1e6:.0f} million parameters": told_seconds(each["load"]),
+            "beyond torch": told_seconds(each["beyond_torch"]),
+            "ours is faster": "-" if name == "ours" else times(each["ours_is_faster"]),
+        }
+        for name, each in result["each"].items()
+    ]
+
+
+def told_seconds(seconds: dict[str, float]) -> str:
+    """The median of the rounds with the lowest and the highest."""
+    return f"{seconds['median']:.2f} s ({seconds['low']:.2f} to {seconds['high']:.2f})"
+
+
 def times(speedup: dict[str, float]) -> str:
     """How many times as fast, the median of the rounds with the lowest and the highest."""
     return f"{speedup['median']:.2g}x ({speedup['low']:.2g} to {speedup['high']:.2g})"

@@ -12,12 +12,16 @@ from train.config import UserError, parse
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
 import speed_codec
+import speed_large
 import speed_search
+import speed_start
 import speed_tables
 import stopwatch
 import tables
 from speed_codec import CodecRun
+from speed_large import LargeRun
 from speed_search import SearchRun
+from speed_start import StartRun
 
 
 def recorded(root: Path, name: str) -> dict:
@@ -55,7 +59,50 @@ def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path):
     assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode", "decode"]
 
 
-@pytest.mark.parametrize("kind", [SearchRun, CodecRun])
+def test_large_pictures_are_measured_in_tiles_and_as_a_whole_and_put_into_the_table(tokenizer, colours, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    settings = [f"tokenizer={tmp_path / 'tiny'}", f"data={colours}", "photograph_size=24", "image_sizes=[64,128]"]
+    settings += ["tile_size=32", "tile_overlaps=[0,16]", "largest_whole=64"]
+    speed_large.main(parse(LargeRun, settings), tmp_path)
+    written = recorded(tmp_path, "speed_large")
+    assert [(row["image_size"], row.get("tile_overlap")) for row in written["rows"]] == [
+        *((64, None), (64, 0), (64, 16)),
+        (128, 16),
+    ]
+    for row in written["rows"][1:3]:
+        assert 0 < row["tokens_that_differ"] < 1
+        assert row["error_at_seams"] > 0
+    assert tables.markdown(speed_tables.large_rows(written)).count("\n") == 5
+
+
+def test_a_mosaic_is_made_of_whole_photographs_from_the_first_again_where_they_do_not_suffice():
+    photographs = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(-1, -1, 2, 2)
+    assert speed_large.mosaic(photographs, 5)[0].tolist() == [
+        *[[0, 0, 1, 1, 2]] * 2,
+        *[[0, 0, 1, 1, 2]] * 2,
+        [0, 0, 1, 1, 2],
+    ]
+
+
+def test_a_start_is_timed_in_a_process_of_its_own(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    torch_alone, library, load = speed_start.started("ours", str(tmp_path))
+    assert torch_alone > library > 0  # the slow part of importing ours is torch
+    assert load > 0
+    with pytest.raises(RuntimeError, match="ours did not start:\n(?s:.*)has no config.json"):
+        speed_start.started("ours", str(tmp_path / ".."))
+
+
+def test_starts_are_summed_up_beyond_torch_round_by_round_and_put_into_the_table():
+    seconds = {"ours": [[9.0, 1.0, 1.0], [3.0, 0.5, 0.5]], "diffusers": [[9.0, 3.0, 1.0], [3.0, 3.0, 3.0]]}
+    each = speed_start.summaries(seconds)
+    assert each["ours"]["beyond_torch"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert each["diffusers"]["ours_is_faster"] == {"median": 4.0, "low": 2.0, "high": 6.0}
+    rows = speed_tables.start_rows({"parameters": 70_000_000, "each": each})
+    assert [row["ours is faster"] for row in rows] == ["-", "4x (2 to 6)"]
+
+
+@pytest.mark.parametrize("kind", [SearchRun, CodecRun, LargeRun, StartRun])
 def test_fewer_rounds_than_a_median_needs_are_refused(kind):
     with pytest.raises(UserError, match="rounds=4 must be at least 5"):
         parse(kind, ["rounds=4"])

@@ -1,7 +1,8 @@
 """Start-up: seconds of importing and of loading a tokenizer from a folder, beside diffusers' VQModel, same weights.
 
 Each figure is of a process of its own, in turns; the files lie in the system's cache. What `import torch` takes is
-counted apart, since both need it. The floor is what reading the weights takes, into memory that is the process's own.
+counted apart, since both need it. Beside them stands what reading the weights takes, into memory that is the process's
+own, as ours does; diffusers leaves them in the mapped file, to be read when they are first used.
 """
 
 import json

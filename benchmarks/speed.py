@@ -8,17 +8,21 @@ stands next to the floor that nothing can go below.
 import sys
 
 import speed_codec
+import speed_dataset
 import speed_large
 import speed_search
 import speed_start
+import speed_training
 
 from train.config import launch
 
 PARTS = {
     "codec": (speed_codec.main, speed_codec.CodecRun),
+    "dataset": (speed_dataset.main, speed_dataset.DatasetRun),
     "large": (speed_large.main, speed_large.LargeRun),
     "search": (speed_search.main, speed_search.SearchRun),
     "start": (speed_start.main, speed_start.StartRun),
+    "training": (speed_training.main, speed_training.TrainingSpeedRun),
 }
 
 if __name__ == "__main__":

@@ -91,6 +91,43 @@ def start_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def training_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A line of each model: its speed beside the peer's, what bounds it, and where its time goes."""
+    rows = []
+    for row in result["rows"]:
+        speeds, shares = row["images_per_second"], row["share_of_peak"]
+        rows.append(
+            {
+                "`train/vqvae.py`": f"`{row['model']}`",
+                "batch": f"{row['batch']} of {row['image_size']} px",
+                "images/s": f"{speeds['ours']['median']:,.3g}",
+                "against the plain loop in float32": times(row["float32"]),
+                "against its best": f"{times(row['fastest'])} ({row['fastest']['peer']})",
+                "share of the peak: float32, bfloat16": f"{shares['float32']:.0%}, {shares['bfloat16']:.0%}",
+                "loader alone, images/s": f"{row['loader_images_per_second']['median']:,.3g}",
+                "share of time": ", ".join(f"{part} {share:.0%}" for part, share in row["shares_of_time"].items()),
+            }
+        )
+    return rows
+
+
+def dataset_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """One line: what of the tokenizer's speed is left of a whole data set, and what a second rank adds."""
+    settings, speeds = result["settings"], result["images_per_second"]
+    share, several = result["share_of_encode_alone"], f"{settings['ranks']} ranks"
+    cells = {
+        "pictures": f"{settings['image_size']} px, a tokenizer of {result['parameters'] / 1e6:.0f}M",
+        "threads of a rank": str(settings["threads"]),
+        "cores": str(result["cores"]),
+        "encode alone, images/s": f"{speeds['encode alone']['median']:.3g}",
+        "JPEG to parquet, images/s": f"{speeds['1 rank']['median']:.3g}",
+        "share": f"{share['median']:.0%} ({share['low']:.0%} to {share['high']:.0%})",
+        f"{several}, images/s": f"{speeds[several]['median']:.3g}",
+        "against one": times(result["ranks_against_one"]),
+    }
+    return [cells]
+
+
 def told_seconds(seconds: dict[str, float]) -> str:
     """The median of the rounds with the lowest and the highest."""
     return f"{seconds['median']:.2f} s ({seconds['low']:.2f} to {seconds['high']:.2f})"

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from speed_tables import codec_rows, large_rows, search_rows, start_rows
+from speed_tables import codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
 
 from train.counting import told_usage
 
@@ -361,9 +361,11 @@ ROWS = {
     "quantizers": quantizers_rows,
     "quantizers_many_codes": many_codes_rows,
     "speed_codec": codec_rows,
+    "speed_dataset": dataset_rows,
     "speed_large": large_rows,
     "speed_search": search_rows,
     "speed_start": start_rows,
+    "speed_training": training_rows,
 }
 
 if __name__ == "__main__":

@@ -1,27 +1,37 @@
 """The measurements of speed end to end, at tiny sizes, their tables, and the stopwatch."""
 
 import json
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from conftest import tiny_config
 
+from tokenizer import ImageTokenizer
 from train.config import UserError, parse
+from train.token_store import TokenStore
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
 import speed_codec
+import speed_dataset
 import speed_large
 import speed_search
 import speed_start
 import speed_tables
+import speed_training
 import stopwatch
 import tables
 from speed_codec import CodecRun
+from speed_dataset import DatasetRun
 from speed_large import LargeRun
 from speed_search import SearchRun
 from speed_start import StartRun
+from speed_training import TrainingSpeedRun, clocked
 
 
 def recorded(root: Path, name: str) -> dict:
@@ -102,7 +112,53 @@ def test_starts_are_summed_up_beyond_torch_round_by_round_and_put_into_the_table
     assert [row["ours is faster"] for row in rows] == ["-", "4x (2 to 6)"]
 
 
-@pytest.mark.parametrize("kind", [SearchRun, CodecRun, LargeRun, StartRun])
+def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_path, monkeypatch, fresh_accelerator):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model = "image_size=16 batch_size=4 num_workers=0 steps=10 model.autoencoder.base_channels=8"
+    settings = [f"models=['{model}','{model} mixed_precision=bf16']", "images=8", "profiled_steps=2"]
+    speed_training.main(parse(TrainingSpeedRun, [*settings, "matrix=16", "seconds=0"]), tmp_path)
+    written = recorded(tmp_path, "speed_training")
+    assert [row["mixed_precision"] for row in written["rows"]] == ["no", "bf16"]
+    for row in written["rows"]:
+        assert row["images_per_second"].keys() == {"ours", *speed_training.PEER_MODES}
+        assert row["fastest"]["median"] > 0
+        assert sum(row["shares_of_time"].values()) == pytest.approx(1, abs=0.01)
+        assert min(row["shares_of_time"].values()) > 0
+    assert written["rows"][0]["flops_per_image"] == written["rows"][1]["flops_per_image"] > 0
+    cells = speed_tables.training_rows(written)
+    assert len(cells) == 2
+    assert "decoder" in cells[0]["share of time"]
+
+
+def test_a_data_set_becomes_tokens_in_a_process_of_its_own_whose_time_is_told(tmp_path):
+    settings = ["images=6", "side=24", "image_size=16", "batch_size=2", "rows_per_shard=3", "num_workers=0"]
+    config = parse(DatasetRun, settings)
+    ImageTokenizer(tiny_config()).save_pretrained(tmp_path / "tokenizer")
+    speed = speed_dataset.end_to_end(speed_dataset.settings_of(config, tmp_path), 1, "cpu")
+    assert 0 < speed < math.inf
+    (store,) = (path.parent for path in tmp_path.glob("*/tokens.json"))
+    assert TokenStore.open(store).index.num_rows == {"train": 3, "validation": 3}
+
+
+def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
+    share = speed_dataset.ratio([9.0, 8.0], [10.0, 10.0])
+    speeds = {name: stopwatch.spread([10.0]) for name in ("encode alone", "1 rank", "2 ranks")}
+    written = {"settings": asdict(DatasetRun()), "images_per_second": speeds, "parameters": 11e6, "cores": 2}
+    (cells,) = speed_tables.dataset_rows(written | {"share_of_encode_alone": share, "ranks_against_one": share})
+    assert cells["share"] == "85% (80% to 90%)"
+
+
+def test_methods_are_clocked_inside_the_block_alone():
+    layer = torch.nn.Linear(2, 2)
+    with clocked({"layer": [(layer, "forward")]}) as seconds:
+        layer(torch.zeros(1, 2))
+    told = dict(seconds)
+    layer(torch.zeros(1, 2))
+    assert seconds == told
+    assert told["layer"] > 0
+
+
+@pytest.mark.parametrize("kind", [CodecRun, DatasetRun, LargeRun, SearchRun, StartRun, TrainingSpeedRun])
 def test_fewer_rounds_than_a_median_needs_are_refused(kind):
     with pytest.raises(UserError, match="rounds=4 must be at least 5"):
         parse(kind, ["rounds=4"])

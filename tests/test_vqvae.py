@@ -230,9 +230,7 @@ def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
 
 def poison(monkeypatch, at_call: int, times: int = 1):
     """Make the reconstruction loss NaN at one step, as an overflow would."""
-    from train import vqvae
-
-    plain, calls = vqvae.ReconstructionLoss.forward, []
+    plain, calls = ReconstructionLoss.forward, []
 
     def poisoned(*arguments):
         calls.append(None)
@@ -240,7 +238,7 @@ def poison(monkeypatch, at_call: int, times: int = 1):
         bad = at_call <= len(calls) < at_call + times
         return {name: loss * torch.nan if bad else loss for name, loss in losses.items()}
 
-    monkeypatch.setattr(vqvae.ReconstructionLoss, "forward", poisoned)
+    monkeypatch.setattr(ReconstructionLoss, "forward", poisoned)
 
 
 def test_a_nonfinite_loss_stops_the_run_naming_the_term_and_the_last_good_checkpoint(

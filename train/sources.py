@@ -252,6 +252,12 @@ class CorruptCounter:
                 log.warning("unreadable image %d skipped: %s: %s", len(self.names), name, reason)
         check_corrupt(len(self.names), self.num_rows, self.images_seen, self.fraction)
 
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Training batches as they are, each one counted."""
+        for batch in batches:
+            self.add(len(batch.crops), batch.corrupt)
+            yield batch
+
 
 def check_corrupt(num_corrupt: int, num_rows: int | None, images_seen: int, fraction: float) -> None:
     """RunError where more than the fraction of all images, and more than one, could not be read."""

@@ -14,18 +14,16 @@ from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenizer.metrics import psnr
-from train.adversarial import Adversary, last_kernel
 from train.checkpoint import RunFolder
 from train.config import UserError, launch, to_yaml
 from train.data import training_batches
-from train.discriminator import PatchDiscriminator
 from train.evaluation import TokenizerExaminer, model_card
-from train.losses import Deviation, ReconstructionLoss
-from train.optimization import Optimization, Trainee, make_accelerator
+from train.optimization import make_accelerator
 from train.progress import Progress
 from train.publishing import publish, reserve_repository
 from train.settings import AutoencoderRun, TokenizerRun, VAERun
 from train.sources import CorruptCounter, ImageSource, check_classes, check_readable, open_sources
+from train.step import TrainingStep
 from train.vae_evaluation import VAEExaminer
 
 log = logging.getLogger("train.vqvae")
@@ -63,63 +61,35 @@ def train(
     set_seed(config.seed)
     kind = EXAMINERS[type(config)]
     network = kind.model_class(config.model).to(accelerator.device)
-    beside = trained_beside(config, accelerator.device)
-    optimization = Optimization(network, config, accelerator, folder, beside)
-    sigma = beside["sigma"].model if "sigma" in beside else None
-    with accelerator.local_main_process_first():  # it alone downloads
-        reconstruction_loss = ReconstructionLoss(config.loss, sigma).to(accelerator.device)
-    adversary = None
-    if "discriminator" in beside:
-        kernel = last_kernel(network.autoencoder.decoder)
-        adversary = Adversary(config.adversarial, beside["discriminator"], kernel, accelerator)
-    examiner = kind(network, reconstruction_loss, config, accelerator, source, eval_rows)
+    take_step = TrainingStep(network, config, accelerator, folder)
+    optimization = take_step.optimization
+    examiner = kind(network, take_step.reconstruction_loss, config, accelerator, source, eval_rows)
 
     folder.claim(accelerator)
     steps_done, kept = folder.load(accelerator)
     known_corrupt = set(kept.get("corrupt", ()))
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     num_batches = config.optimizer.accumulation_steps  # of a step
-    batches = training_batches(source, config, accelerator, steps_done * num_batches, known_corrupt)
     unreadable = CorruptCounter(config, source, known_corrupt)
+    batches = training_batches(source, config, accelerator, steps_done * num_batches, known_corrupt)
+    batches = unreadable.watch(batches)
     progress = Progress(folder.path, accelerator, steps_done, config.steps)
     num_images, clock, metrics = 0, time.perf_counter(), {}
 
     with optimization.stop.listening(), logging_redirect_tqdm():
         for step in range(steps_done + 1, config.steps + 1):
-            optimization.begin(step)
-            opposed, judgement = adversary is not None and adversary.plays(step), {}
-            for crops, labels, corrupt in itertools.islice(batches, num_batches):
-                unreadable.add(len(crops), corrupt)
-                images = crops.float() / 255
-                with accelerator.accumulate(*optimization.models):
-                    output = optimization.model(images, labels)
-                    losses = reconstruction_loss(output.reconstructions, images)
-                    if opposed:
-                        losses |= adversary.tokenizer_loss(step, output.reconstructions, sum(losses.values()))
-                    losses |= output.losses
-                    accelerator.backward(sum(losses.values()))
-                    if opposed:
-                        judgement = adversary.discriminator_losses(images, output.reconstructions)
-                        accelerator.backward(sum(judgement.values()))
-                examiner.add(output)
-                num_images += len(images) * accelerator.num_processes
-            taken = optimization.take(step, losses | judgement)
-            if taken:
-                jumped = network.bottleneck.step(step / config.steps)
-                optimization.update_average(restart=jumped)
-            else:
-                network.bottleneck.discard()
-            if opposed:
-                adversary.step() if taken else adversary.discard()
+            done = take_step(step, itertools.islice(batches, num_batches), examiner)
+            num_images += num_batches * len(done.images) * accelerator.num_processes
 
-            if progress.due(step) and taken:
-                values = {name: value.item() for name, value in losses.items()}
-                train_psnr = psnr(output.reconstructions.detach().clamp(0, 1).cpu(), images.cpu()).mean().item()
+            if progress.due(step) and done.taken:
+                values = {name: value.item() for name, value in done.losses.items()}
+                reconstructions = done.output.reconstructions.detach().clamp(0, 1).cpu()
+                train_psnr = psnr(reconstructions, done.images.cpu()).mean().item()
                 speed = num_images / (time.perf_counter() - clock)
                 num_images, clock = 0, time.perf_counter()
-                values |= {"loss": sum(values.values()), "train_psnr": train_psnr} | examiner.figures(output, images)
-                values |= {name: value.item() for name, value in judgement.items()} | optimization.figures
-                values |= adversary.figures if opposed else {}
+                values |= {"loss": sum(values.values()), "train_psnr": train_psnr}
+                values |= examiner.figures(done.output, done.images)
+                values |= {name: value.item() for name, value in done.judgement.items()} | take_step.figures
                 progress.record(step, values | {"images_per_second": speed, "corrupt_images": len(unreadable.names)})
                 told = examiner.shown(values | metrics) | {"images/s": f"{speed:.0f}"}
                 shown_psnr = metrics.get("psnr", train_psnr)  # of the last evaluation, before the first of the batch
@@ -140,18 +110,6 @@ def train(
         optimization.measured.save_pretrained(folder.path, model_card(kind, config, folder))
     accelerator.wait_for_everyone()
     return True
-
-
-def trained_beside(config: AutoencoderRun, device: torch.device) -> dict[str, Trainee]:
-    """The networks that the settings ask for and that learn beside the model, by the names of their figures."""
-    trainees, beta1, beta2 = {}, config.optimizer.beta1, config.optimizer.beta2
-    if config.loss.learns_sigma:
-        trainees["sigma"] = Trainee(Deviation().to(device), config.loss.sigma_learning_rate, (beta1, beta2))
-    if config.adversarial.loss:
-        options = config.adversarial
-        network = PatchDiscriminator(config.model.image_channels, options.base_channels, options.num_layers)
-        trainees["discriminator"] = Trainee(network.to(device), options.learning_rate, (options.beta1, beta2))
-    return trainees
 
 
 def check_model(config: AutoencoderRun) -> None:

@@ -179,5 +179,6 @@ def test_a_speedup_is_of_each_round_and_stands_with_its_spread():
 @pytest.mark.skipif(not stopwatch.CLEAR_REFS.exists(), reason="the system does not tell")
 def test_the_peak_of_memory_is_what_a_call_adds_even_where_it_gives_it_back():
     size = 64 * 2**20
-    assert size <= stopwatch.peak_memory(lambda: torch.zeros(size // 4).add_(1).sum(), "cpu") < 1.25 * size
+    added = stopwatch.peak_memory(lambda: torch.zeros(size // 4).add_(1).sum(), "cpu")
+    assert 0.98 * size < added < 1.25 * size  # pages that others give back meanwhile count against it
     assert stopwatch.peak_memory(lambda: None, "cpu") < size / 16

@@ -9,6 +9,7 @@ import sys
 
 import speed_codec
 import speed_dataset
+import speed_generation
 import speed_large
 import speed_search
 import speed_start
@@ -19,6 +20,7 @@ from train.config import launch
 PARTS = {
     "codec": (speed_codec.main, speed_codec.CodecRun),
     "dataset": (speed_dataset.main, speed_dataset.DatasetRun),
+    "generation": (speed_generation.main, speed_generation.GenerationRun),
     "large": (speed_large.main, speed_large.LargeRun),
     "search": (speed_search.main, speed_search.SearchRun),
     "start": (speed_start.main, speed_start.StartRun),

@@ -49,6 +49,30 @@ def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def generation_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A line of each grid, type and batch."""
+    rows = []
+    for row in result["rows"]:
+        each, floors = row["each"], row["floors"]
+        rate = each["ours"]["tokens_per_second"]["median"]
+        floor = min(("memory", "arithmetic"), key=lambda name: floors[f"{name}_tokens_per_second"])
+        limit = floors[f"{floor}_tokens_per_second"]
+        rows.append(
+            {
+                "grids": f"{row['batch']} of {row['grid_side']} x {row['grid_side']}",
+                "type": row["dtype"],
+                "tokens/s": f"{rate:,.0f}",
+                "against Llama in transformers": f"{times(row['against_peer'])} ({row['against_peer']['peer']})",
+                "guidance takes": times(row["cost_of_guidance"]),
+                "of the floor": f"{rate / limit:.0%} of {limit:,.0f} ({floor})",
+                "peak memory: ours, the peer (MiB)": ", ".join(
+                    mebibytes(each[name]["peak_memory"]) for name in ("ours", row["against_peer"]["peer"])
+                ),
+            }
+        )
+    return rows
+
+
 def large_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A line of each picture as a whole and in tiles."""
     rows = []

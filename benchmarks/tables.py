@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from speed_tables import codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
+from speed_tables import generation_rows as speed_generation_rows
 
 from train.counting import told_usage
 
@@ -362,6 +363,7 @@ ROWS = {
     "quantizers_many_codes": many_codes_rows,
     "speed_codec": codec_rows,
     "speed_dataset": dataset_rows,
+    "speed_generation": speed_generation_rows,
     "speed_large": large_rows,
     "speed_search": search_rows,
     "speed_start": start_rows,

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from tokenizer.pretrained import PretrainedModel
 
 from .config import PriorConfig
+from .decoding import Decoder
 from .sampling import guidance_scales, guide, sample
-from .transformer import Transformer, initialize
+from .transformer import KVCache, Transformer, initialize
 
 USAGE = """
 from prior import AutoregressivePrior
@@ -109,18 +110,23 @@ class AutoregressivePrior(PretrainedModel):
         device = "cpu" if generator is None else generator.device
         shape = (num_samples, self.config.num_tokens)
         uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+        if self.device.type != "mps":  # which has no float64; elsewhere moved at once, or each step would wait for it
+            uniforms = uniforms.to(self.device)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
         batches = zip(*(part.split(batch_size) for part in (classes, prefix, uniforms)), strict=True)
         num_steps = num_samples * (self.config.num_tokens - prefix.shape[1])
         with self.evaluating(), tqdm(total=num_steps, unit="token", disable=not progress) as bar:
-            grids = torch.cat([self.complete(*batch, scales, choose, bar) for batch in batches])
+            decoder = Decoder(self.transformer, self.head, self.coordinates())
+            grids = torch.cat([self.complete(*batch, decoder, scales, choose, bar) for batch in batches])
         return grids.unflatten(1, self.config.token_shape)
 
+    @torch.inference_mode()
     def complete(
         self,
         classes: Tensor,
         prefix: Tensor,
         uniforms: Tensor,
+        decoder: Decoder,
         scales: list[float],
         choose: Callable[[Tensor, Tensor], Tensor],
         bar: tqdm,
@@ -129,25 +135,29 @@ class AutoregressivePrior(PretrainedModel):
 
         With guidance a single pass takes the batch twice: first with its classes, then with the null class.
         """
-        if prefix.shape[1] == self.config.num_tokens:
+        batch, start = prefix.shape
+        if start == self.config.num_tokens:
             return prefix
+        tokens = torch.cat([prefix, prefix.new_empty(batch, self.config.num_tokens - start)], dim=1)
         guided = any(scale != 1 for scale in scales)
         if guided:
             classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
         copies = 1 + guided
-        caches, coordinates = self.transformer.empty_caches(self.config.num_tokens), self.coordinates()
         hidden = self.embed(classes, prefix.repeat(copies, 1))  # (copies * B, n + 1, W)
-        tokens, start = [prefix], 0
-        for position in range(prefix.shape[1], self.config.num_tokens):
-            hidden = self.transformer(hidden, coordinates[start : position + 1], caches)[:, -1]
-            logits = self.head(hidden).float()  # (copies * B, V)
+        caches = [KVCache() for _ in decoder.blocks]
+        if start:
+            self.transformer(hidden[:, :-1], self.coordinates()[:start], caches)
+        newest = hidden[:, -1]  # (copies * B, W)
+        for position in range(start, self.config.num_tokens):
+            logits = decoder.logits(newest, position, caches)  # (copies * B, V)
             if guided:
                 logits = guide(*logits.chunk(2), scales[position])
-            tokens.append(choose(logits, uniforms[:, position])[:, None])
-            start = position + 1
-            hidden = self.token_embedding(tokens[-1].repeat(copies, 1)) + self.place_embedding.weight[start : start + 1]
-            bar.update(len(prefix))
-        return torch.cat(tokens, dim=1)
+            tokens[:, position] = choose(logits, uniforms[:, position])
+            if position + 1 < self.config.num_tokens:
+                embedded = self.token_embedding(tokens[:, position].repeat(copies))
+                newest = embedded + self.place_embedding.weight[position + 1]
+            bar.update(batch)
+        return tokens
 
     def embed(self, classes: Tensor, tokens: Tensor) -> Tensor:
         """Classes (B,) and the tokens (B, n) after them to inputs (B, n + 1, W)."""

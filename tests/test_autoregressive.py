@@ -292,7 +292,7 @@ def test_the_same_seed_gives_the_same_grids_at_every_batch_size(larger, batch_si
 
 def test_no_more_than_a_batch_goes_through_the_network_at_once(larger):
     sizes = set()
-    with larger.transformer.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0]))):
+    with larger.token_embedding.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0]))):
         larger.generate([0] * 7, generator=seeded(), guidance_scale=2.0, batch_size=3)
     assert sizes == {6, 2}  # with and without the class
 

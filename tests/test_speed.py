@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program l
 
 import speed_codec
 import speed_dataset
+import speed_generation
 import speed_large
 import speed_search
 import speed_start
@@ -28,6 +29,7 @@ import stopwatch
 import tables
 from speed_codec import CodecRun
 from speed_dataset import DatasetRun
+from speed_generation import GenerationRun
 from speed_large import LargeRun
 from speed_search import SearchRun
 from speed_start import StartRun
@@ -67,6 +69,29 @@ def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path):
         assert len(row[part]["each"]) == 5
         assert row[part]["fastest"]["peer"].startswith("diffusers")
     assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode", "decode"]
+
+
+def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_generation, "COPIED", 2**20)
+    settings = ["width=32", "num_layers=1", "num_heads=2", "vocab_size=16", "grid_sides=[2]", "batch_sizes=[1,2]"]
+    speed_generation.main(parse(GenerationRun, settings), tmp_path)
+    written = recorded(tmp_path, "speed_generation")
+    assert [(row["dtype"], row["batch"]) for row in written["rows"]] == [
+        *(("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2))
+    ]
+    for row in written["rows"]:
+        assert row["each"].keys() == {"ours", "ours, guided", *speed_generation.CACHES}
+        assert row["against_peer"]["peer"] in speed_generation.CACHES
+        assert min(row["floors"].values()) > 0
+    rows = speed_tables.generation_rows(written)
+    assert tables.markdown(rows).count("\n") == 5
+
+
+def test_the_peer_generates_as_many_tokens_as_ours_whatever_it_draws():
+    config = GenerationRun(width=32, num_layers=1, num_heads=2, vocab_size=2)
+    peer = speed_generation.llama(config, side=4).eval()
+    for cache in speed_generation.CACHES.values():
+        assert speed_generation.generating(peer, 3, 16, cache)().shape == (3, 17)
 
 
 def test_large_pictures_are_measured_in_tiles_and_as_a_whole_and_put_into_the_table(tokenizer, colours, tmp_path):
@@ -158,7 +183,7 @@ def test_methods_are_clocked_inside_the_block_alone():
     assert told["layer"] > 0
 
 
-@pytest.mark.parametrize("kind", [CodecRun, DatasetRun, LargeRun, SearchRun, StartRun, TrainingSpeedRun])
+@pytest.mark.parametrize("kind", [CodecRun, DatasetRun, GenerationRun, LargeRun, SearchRun, StartRun, TrainingSpeedRun])
 def test_fewer_rounds_than_a_median_needs_are_refused(kind):
     with pytest.raises(UserError, match="rounds=4 must be at least 5"):
         parse(kind, ["rounds=4"])

@@ -34,8 +34,11 @@ def vae_row(result: dict[str, Any]) -> dict[str, str]:
     metrics = result["metrics"]
     levels = [key.removeprefix("active_units") for key in metrics if key.startswith("active_units_level")] or [""]
     active = [f"{metrics[f'active_units{each}']} of {metrics[f'num_units{each}']}" for each in levels]
+    paper, when = POSTERIOR_PAPERS["ladder" if len(levels) > 1 else "gaussian"]
     return {
         "command": f"`{result['command']}`",
+        "paper": paper,
+        "when to choose it": when,
         "ELBO, nats per dimension": f"{metrics['elbo_nats_per_dimension']:.3f}",
         "bits per dimension": f"{metrics['total_bits_per_dimension']:.3f}",
         "of these KL": f"{metrics['rate_bits_per_dimension']:.3f}",
@@ -179,6 +182,7 @@ def quantizers_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "bottleneck": f"`{model['model'].removeprefix(shared).strip()}`",
                 "paper": paper,
+                "tokens": TOKEN_SHAPES.get(runs[0]["quantizer"], "(B, h, w)"),
                 "when to choose it": when,
                 "test NMSE": f"{model['test_nmse']:.4f}{spread}",
                 "test PSNR": f"{means['test_psnr']:.2f} dB",
@@ -347,6 +351,19 @@ BOTTLENECKS = {  # of each member of QUANTIZERS the paper, and when to choose it
     "hierarchical": (
         "[Razavi et al. 2019](https://arxiv.org/abs/1906.00446)",
         "a quarter more tokens, which come first: a coarse grid, and the fine one given it",
+    ),
+}
+
+TOKEN_SHAPES = {"residual": "(B, h, w, q)", "grouped": "(B, h, w, q)", "multiscale": "(B, L)", "hierarchical": "(B, L)"}
+
+POSTERIOR_PAPERS = {  # of each member of POSTERIORS the paper, and when to choose it
+    "gaussian": (
+        "[Kingma and Welling 2013](https://arxiv.org/abs/1312.6114)",
+        "smooth latents to move in or to diffuse, and a likelihood",
+    ),
+    "ladder": (
+        "[Sonderby et al. 2016](https://arxiv.org/abs/1602.02282)",
+        "the same in levels, coarse ones above fine ones",
     ),
 }
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tokenizer import QUANTIZERS
+from tokenizer import POSTERIORS, QUANTIZERS, ImageTokenizer
 from train.config import UserError, parse
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
@@ -97,6 +98,16 @@ def test_the_command_in_the_record_makes_the_same_settings(colours, tiny_preset)
 
 def test_the_table_knows_the_paper_of_every_bottleneck_and_when_to_choose_it():
     assert tables.BOTTLENECKS.keys() >= QUANTIZERS.keys()
+    assert tables.POSTERIOR_PAPERS.keys() == POSTERIORS.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_table_tells_the_shape_of_the_tokens(model, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    config = checked(f"{QuantizersRun().shared} {model}").model
+    tokens = ImageTokenizer(config).encode(torch.rand(1, 3, 32, 32))
+    shape = tables.TOKEN_SHAPES.get(config.quantizer["name"], "(B, h, w)")
+    assert shape.count(",") + 1 == tokens.ndim
     for paper, when in tables.BOTTLENECKS.values():
         assert "](https://" in paper
         assert when

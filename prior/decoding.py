@@ -14,7 +14,10 @@ from .transformer import NORM_EPS, Block, KVCache, RMSNorm, Transformer, rotary_
 
 
 class Decoder:
-    """A transformer and the linear layer that reads it off, with their weights copied; the same up to rounding."""
+    """A transformer and the linear layer that reads it off, the same up to rounding.
+
+    Their weights are copied, those of a sharded one whole on every rank.
+    """
 
     def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
         angles = rotary_angles(coordinates, transformer.head_width)
@@ -39,7 +42,8 @@ class DecoderBlock:
         self.expand_feed_forward = matrix_after(block.feed_forward_norm, feed_forward.expand)
         self.project_feed_forward = matrix(feed_forward.project.weight)
         scale = 2 * angles.shape[1]  # d: the queries also carry the scale of the scores
-        norms = torch.stack([attention.query_norm.weight.float() * scale**-0.5, attention.key_norm.weight.float()])
+        query_norm, key_norm = (whole(norm.weight).float() for norm in (attention.query_norm, attention.key_norm))
+        norms = torch.stack([query_norm * scale**-0.5, key_norm])
         cosine, sine = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d / 2)
         self.straight = (norms * torch.cat([cosine, cosine], dim=2))[:, :, None]  # (T, 2, 1, d)
         self.crossed = (norms.roll(angles.shape[1], 1) * torch.cat([-sine, sine], dim=2))[:, :, None]
@@ -72,9 +76,15 @@ def unit_rms(vectors: Tensor) -> Tensor:
 
 def matrix_after(norm: RMSNorm, linear: nn.Linear) -> Tensor:
     """The matrix (in, out) of a linear layer, with the weight of the norm before it."""
-    return matrix((linear.weight.float() * norm.weight.float()).type_as(linear.weight))
+    weight = whole(linear.weight)
+    return matrix((weight.float() * whole(norm.weight).float()).type_as(weight))
 
 
 def matrix(weight: Tensor) -> Tensor:
     """A linear layer's weight (out, in) as a contiguous (in, out): up to four times as fast on a CPU for one row."""
-    return weight.t().contiguous()
+    return whole(weight).t().contiguous()
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that fully_shard has spread over ranks, gathered; any other as it is."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # DTensor's import takes half a second

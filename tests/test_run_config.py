@@ -127,13 +127,18 @@ def test_a_preset_that_is_none_is_named(text, tmp_path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_each_preset_is_valid_and_opens_with_command_hardware_minutes_and_score(path):
-    programs = {"vqvae": TokenizerRun, "encode_dataset": StoreRun, "token_prior": PriorRun}
+    programs = {"vqvae": TokenizerRun, "vae": VAERun, "encode_dataset": StoreRun, "token_prior": PriorRun}
     parse(programs[path.stem], [str(path)])
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"accelerate launch train/{path.stem}.py train/presets/{path.parent.name}/{path.name}" in header
     assert "core" in header
     assert re.search(r"\d+(\.\d+)? min", header)
-    score = {"vqvae": r"\d\d\.\d+ dB", "encode_dataset": r"[\d,]+ rows", "token_prior": r"\d\.\d+ bits per token"}
+    score = {
+        "vqvae": r"\d\d\.\d+ dB",
+        "vae": r"\d\.\d+ bits per dimension",
+        "encode_dataset": r"[\d,]+ rows",
+        "token_prior": r"\d\.\d+ bits per token",
+    }
     assert re.search(score[path.stem], header)
 
 

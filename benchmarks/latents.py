@@ -27,6 +27,7 @@ from tokenizer.collapse import active_units
 from tokenizer.images import tensor_to_pil
 from tokenizer.metrics import psnr
 from tokenizer.posteriors.normal import gaussian_kl
+from tokenizer.unfilled import unfilled
 from train.config import UserError, launch, parse
 from train.settings import VAERun, require
 from train.vqvae import check_model
@@ -85,8 +86,7 @@ def settings_of(beta: float, config: LatentsRun, folder: Path) -> VAERun:
     given = [*FIXED, *shlex.split(config.shared), f"model.posterior.beta={beta}", f"seed={config.seed}"]
     run = parse(VAERun, [*given, f"data={folder / 'shapes'}", f"output_dir={folder / f'beta_{beta:g}'}"])
     check_model(run)
-    with torch.device("meta"):
-        grid = ImageVAE(run.model).grid_size(SIDE)
+    grid = unfilled(lambda: ImageVAE(run.model)).grid_size(SIDE)
     if grid != (1, 1) or run.model.latent_dim < 2:
         raise UserError(
             f"shared={config.shared!r} makes a grid of {grid[0]} x {grid[1]} of {run.model.latent_dim} latents; a "

@@ -15,17 +15,16 @@ import torch
 from diffusers import VQModel
 from diffusers_peer import DiffusersTokenizer
 from recording import ROOT, command_line, num_parameters, record, tell
-from stopwatch import MIN_ROUNDS, four, interleaved, peak_memory, speedup, spread
+from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor, nn
 
 from tokenizer import ImageTokenizer
-from train.settings import require
 
 Calls = dict[str, Callable[[], Tensor]]
 
 
 @dataclass
-class CodecRun:
+class CodecRun(SpeedRun):
     """Settings of benchmarks/speed.py codec; the architecture is VQGAN's at factor 8."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 64, 128, 128])  # a level each, halving the side
@@ -35,15 +34,7 @@ class CodecRun:
     codebook_dim: int = 8
     image_sizes: list[int] = field(default_factory=lambda: [128, 256])  # S, pixels
     max_pixels: int = 2**17  # B x S x S, by which the batch is chosen
-    rounds: int = 5  # figures of each, of which the median is taken
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
-        require(self.threads >= 1, f"threads={self.threads}", "be at least 1")
 
 
 def main(config: CodecRun, root: Path = ROOT) -> None:

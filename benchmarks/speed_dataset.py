@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import MIN_ROUNDS, seconds_of, spread
+from stopwatch import SpeedRun, in_turns, ratio, seconds_of, spread
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import SETTINGS_NAME
@@ -39,7 +39,7 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 @dataclass
-class DatasetRun:
+class DatasetRun(SpeedRun):
     """Settings of benchmarks/speed.py dataset."""
 
     data: str = PHOTOGRAPHS  # photographs to encode; the embedded ones are cut into JPEG files first
@@ -51,14 +51,10 @@ class DatasetRun:
     rows_per_shard: int = 16  # images of one file of the store
     num_workers: int = 1  # processes per rank that decode
     ranks: int = 2  # that are held against one
-    rounds: int = 5  # figures of each, of which the median is taken
-    threads: int = 1  # of each rank
-    device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
-        for name in ("images", "threads", "ranks", "batch_size"):
+        super().__post_init__()
+        for name in ("images", "ranks", "batch_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be at least 1")
         rule = f"be above rows_per_shard={self.rows_per_shard}, those to validate on"
         require(self.images > self.rows_per_shard, f"images={self.images}", rule)
@@ -79,7 +75,7 @@ def main(config: DatasetRun, root: Path = ROOT, model: TokenizerConfig = MODEL) 
 
 
 def measured(config: DatasetRun, folder: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """All figures; a round takes each of them in turn, the next one backwards."""
+    """All figures."""
     run = settings_of(config, folder)
     pictures = torch.randint(0, 256, (config.batch_size, 3, config.image_size, config.image_size), dtype=torch.uint8)
     several = f"{config.ranks} ranks"
@@ -88,11 +84,7 @@ def measured(config: DatasetRun, folder: Path, tokenizer: ImageTokenizer) -> dic
         "1 rank": lambda: end_to_end(run, 1, config.device),
         several: lambda: end_to_end(run, config.ranks, config.device),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(config.rounds):
-        tell(f"round {number + 1} of {config.rounds}")
-        for name in list(calls)[:: -1 if number % 2 else 1]:
-            speeds[name].append(calls[name]())
+    speeds = in_turns(calls, config.rounds, told=True)
     return {
         "parameters": num_parameters(tokenizer),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -100,11 +92,6 @@ def measured(config: DatasetRun, folder: Path, tokenizer: ImageTokenizer) -> dic
         "share_of_encode_alone": ratio(speeds["1 rank"], speeds["encode alone"]),
         "ranks_against_one": ratio(speeds[several], speeds["1 rank"]),
     }
-
-
-def ratio(figures: list[float], others: list[float]) -> dict[str, float]:
-    """Round by round."""
-    return spread([figure / other for figure, other in zip(figures, others, strict=True)])
 
 
 def settings_of(config: DatasetRun, folder: Path) -> StoreRun:

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the peer's weights are random, n
 
 import torch
 from recording import ROOT, command_line, num_parameters, record, tell, version_of
-from stopwatch import MIN_ROUNDS, four, interleaved, peak_memory, speedup, spread
+from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ PRODUCT = 1024  # rows and columns of the product that tells the rate of arithme
 
 
 @dataclass
-class GenerationRun:
+class GenerationRun(SpeedRun):
     """Settings of benchmarks/speed.py generation."""
 
     width: int = 256
@@ -42,15 +42,10 @@ class GenerationRun:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64])  # B
     dtypes: list[str] = field(default_factory=lambda: list(DTYPES))
     guidance_scale: float = 2.0  # of the guided figure
-    rounds: int = 5  # figures of each, of which the median is taken
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
-        require(self.threads >= 1, f"threads={self.threads}", "be at least 1")
+        super().__post_init__()
         require(set(self.dtypes) <= set(DTYPES), f"dtypes={self.dtypes}", f"be of {', '.join(DTYPES)}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from labelled_images import content_hash, picture_batches
 from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
-from stopwatch import MIN_ROUNDS, four, interleaved, peak_memory, seconds_of, spread
+from stopwatch import SpeedRun, four, interleaved, peak_memory, seconds_of, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
@@ -23,7 +23,7 @@ from train.sources import open_splits, reading
 
 
 @dataclass
-class LargeRun:
+class LargeRun(SpeedRun):
     """Settings of benchmarks/speed.py large."""
 
     tokenizer: str = "runs/vqvae"  # folder or repo id, of a model without classes
@@ -38,17 +38,13 @@ class LargeRun:
         default_factory=lambda: [0, 16, 32, 64]
     )  # pixels; above largest_whole only the last
     largest_whole: int = 1024  # S up to which the picture is coded as a whole too
-    rounds: int = 5  # figures of each, of which the median is taken
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0  # of what is held out
     data_options: SourceSettings = field(default_factory=SourceSettings)
 
     streaming: ClassVar[bool] = False  # the mosaic is held in memory
 
     def __post_init__(self) -> None:
-        at_least_one(self, "photograph_size", "threads")
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
+        super().__post_init__()
+        at_least_one(self, "photograph_size")
         require(bool(self.tile_overlaps), "tile_overlaps=[]", "hold at least one number of pixels")
 
 

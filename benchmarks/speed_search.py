@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
 from recording import ROOT, command_line, record, tell
-from stopwatch import MIN_ROUNDS, four, interleaved, peak_memory, speedup, spread
+from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
@@ -29,23 +29,18 @@ PEERS = ("diffusers", "vector-quantize-pytorch")
 
 
 @dataclass
-class SearchRun:
+class SearchRun(SpeedRun):
     """Settings of benchmarks/speed.py search."""
 
     codebook_sizes: list[int] = field(default_factory=lambda: [512, 4096, 16384, 262144])  # K
     codebook_dims: list[int] = field(default_factory=lambda: [8, 16, 256])  # D
     max_scores: int = 2**26  # N x K, by which the number of vectors is chosen: the peers hold several of that size
     max_vectors: int = 4096  # N
-    rounds: int = 5  # figures of each, of which the median is taken
     seconds: float = 0.02  # that a figure is measured over, at least
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
+        super().__post_init__()
         require(self.max_vectors >= GRID**2, f"max_vectors={self.max_vectors}", f"be at least {GRID**2}, a picture")
-        require(self.threads >= 1, f"threads={self.threads}", "be at least 1")
 
 
 def main(config: SearchRun, root: Path = ROOT) -> None:

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from recording import ROOT, command_line, num_parameters, record, tell
+from recording import ROOT, command_line, num_parameters, record
 from speed_codec import CodecRun, vq_model
-from stopwatch import MIN_ROUNDS, speedup, spread
+from stopwatch import MIN_ROUNDS, in_turns, speedup, spread
 
 from tokenizer import ImageTokenizer
 from train.settings import require
@@ -65,11 +66,8 @@ def main(config: StartRun, root: Path = ROOT) -> None:
         folders = {"ours": ours, "diffusers": theirs, "reading alone": ours}
         for name in STARTS:  # fills the system's cache and does not count
             started(name, folders[name])
-        seconds: dict[str, list[list[float]]] = {name: [] for name in STARTS}
-        for number in range(config.rounds):
-            tell(f"round {number + 1} of {config.rounds}")
-            for name in list(STARTS)[:: -1 if number % 2 else 1]:
-                seconds[name].append(started(name, folders[name]))
+        starts = {name: partial(started, name, folders[name]) for name in STARTS}
+        seconds = in_turns(starts, config.rounds, told=True)
     command = command_line("speed", "start", asdict(config), asdict(StartRun()), ())
     figures = {"command": command, "settings": asdict(config), "parameters": num_parameters(model)}
     record("speed_start", figures | {"each": summaries(seconds)}, root)

@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import MIN_ROUNDS, finish, four, interleaved, speedup, spread
+from stopwatch import SpeedRun, finish, four, interleaved, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +48,7 @@ MARGIN = 1.25  # side of the pictures that the loader reads, against that of the
 
 
 @dataclass
-class TrainingSpeedRun:
+class TrainingSpeedRun(SpeedRun):
     """Settings of benchmarks/speed.py training."""
 
     models: list[str] = field(  # settings of train/vqvae.py
@@ -63,15 +63,11 @@ class TrainingSpeedRun:
     images: int = 1024  # JPEG files, and images that the loader reads for a figure
     profiled_steps: int = 8  # with the loader, of which the shares of time are taken
     matrix: int = 2048  # side of the product that shows the peak
-    rounds: int = 5  # figures of each, of which the median is taken
     seconds: float = 1.0  # that a figure is measured over, at least; one step is
-    threads: int = 1
-    device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
-        for name in ("threads", "images", "profiled_steps", "matrix"):
+        super().__post_init__()
+        for name in ("images", "profiled_steps", "matrix"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be at least 1")
 
 

@@ -4,29 +4,60 @@ import ctypes
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
+from recording import tell
+
+from train.settings import at_least_one, require
 
 MIN_ROUNDS = 5
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+Figure = TypeVar("Figure")
+
+
+@dataclass
+class SpeedRun:
+    """What every part of benchmarks/speed.py that measures in this process can be told."""
+
+    rounds: int = 5  # figures of each, of which the median is taken
+    threads: int = 1  # of each process
+    device: str = "cpu"
+    seed: int = 0  # of everything random
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
+        at_least_one(self, "threads")
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds that a call takes, of each name one figure a round.
 
-    A round goes through all of them, the next one backwards, so that what else the machine does meets them alike. A
-    figure is the mean over as many calls as take `seconds`, at least one, after a first call that does not count.
+    A figure is the mean over as many calls as take `seconds`, at least one, after a first call that does not count.
     """
     repeats = {}
     for name, call in calls.items():
         seconds_of(call, 1)
         repeats[name] = max(1, math.ceil(seconds / seconds_of(call, 1)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    return in_turns({name: partial(seconds_of, call, repeats[name]) for name, call in calls.items()}, rounds)
+
+
+def in_turns(measures: dict[str, Callable[[], Figure]], rounds: int, told: bool = False) -> dict[str, list[Figure]]:
+    """What the calls return, of each name one figure a round; `told`: each round is announced.
+
+    A round goes through all of them, the next one backwards, so that what else the machine does meets them alike.
+    """
+    found: dict[str, list[Figure]] = {name: [] for name in measures}
     for number in range(rounds):
-        for name in list(calls)[:: -1 if number % 2 else 1]:
-            found[name].append(seconds_of(calls[name], repeats[name]))
+        if told:
+            tell(f"round {number + 1} of {rounds}")
+        for name in list(measures)[:: -1 if number % 2 else 1]:
+            found[name].append(measures[name]())
     return found
 
 
@@ -53,7 +84,12 @@ def spread(figures: list[float]) -> dict[str, float]:
 
 def speedup(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """How many times as fast as they we are, round by round."""
-    return spread([their / our for our, their in zip(ours, theirs, strict=True)])
+    return ratio(theirs, ours)
+
+
+def ratio(figures: list[float], others: list[float]) -> dict[str, float]:
+    """Of figures to others, round by round."""
+    return spread([figure / other for figure, other in zip(figures, others, strict=True)])
 
 
 def four(figure: float) -> float:

@@ -166,7 +166,7 @@ def test_a_data_set_becomes_tokens_in_a_process_of_its_own_whose_time_is_told(tm
 
 
 def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
-    share = speed_dataset.ratio([9.0, 8.0], [10.0, 10.0])
+    share = stopwatch.ratio([9.0, 8.0], [10.0, 10.0])
     speeds = {name: stopwatch.spread([10.0]) for name in ("encode alone", "1 rank", "2 ranks")}
     written = {"settings": asdict(DatasetRun()), "images_per_second": speeds, "parameters": 11e6, "cores": 2}
     (cells,) = speed_tables.dataset_rows(written | {"share_of_encode_alone": share, "ranks_against_one": share})

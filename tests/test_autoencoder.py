@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers_models import vq_model
 from torch import nn
+from torch.nn import functional as F
 
 from tokenizer import ImageTokenizer, TokenizerConfig
-from tokenizer.autoencoder import ConvolutionalAutoencoder
+from tokenizer.autoencoder import ConvolutionalAutoencoder, ResidualBlock, Upsample
 
 TAMING_F16 = {
     "name": "convolutional",
@@ -49,6 +50,28 @@ def test_the_factor_is_the_patch_times_the_halvings_and_the_decoder_undoes_it(pa
     latents = autoencoder.encoder(torch.rand(2, 3, 3 * factor, 5 * factor))
     assert latents.shape == (2, 5, 3, 5)
     assert autoencoder.decoder(latents).shape == (2, 3, 3 * factor, 5 * factor)
+
+
+def test_upsampling_is_nearest_neighbour_then_the_convolution_and_so_are_its_gradients():
+    upsample = Upsample(5).double()
+    features = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    given = [features, *upsample.parameters()]
+    found, expected = upsample(features), upsample.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(found, expected)
+    towards = torch.randn_like(found)
+    gradients = [torch.autograd.grad(output, given, towards) for output in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("norm_groups", [0, 4])
+def test_without_gradients_a_block_gives_the_same_and_leaves_its_input_as_it_was(norm_groups):
+    block = ResidualBlock(8, 8, norm_groups, dropout=0.0)
+    nn.init.normal_(block.conv2.weight)
+    features = torch.randn(2, 8, 4, 4)
+    before, expected = features.clone(), block(features)
+    with torch.no_grad():
+        assert torch.equal(block(features), expected)
+    assert torch.equal(features, before)
 
 
 def norms_of(norm_groups: int) -> list[nn.GroupNorm]:

@@ -69,7 +69,7 @@ def test_without_norms_and_attention_tiles_equal_the_whole_where_they_share_enou
     tokens = MODEL.encode(images, **asked)
     assert torch.equal(tokens, MODEL.encode(images))
     assert torch.equal(MODEL.decode(tokens, **asked), decoded(MODEL, tokens, tiles).clamp(0, 1))
-    torch.testing.assert_close(decoded(MODEL, tokens, tiles), decoded(MODEL, tokens), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded(MODEL, tokens, tiles), decoded(MODEL, tokens), rtol=1e-5, atol=1e-6)  # float32
     with torch.no_grad():
         latents = [MODEL.encode_latents(images, tiles=each) for each in (tiles, None)]
     torch.testing.assert_close(*latents, rtol=1e-12, atol=1e-12)

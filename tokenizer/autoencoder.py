@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,14 @@ from torch.nn import functional as F
 def group_norm(channels: int, norm_groups: int) -> nn.Module:
     """Group norm with `norm_groups` groups, or their greatest common divisor with `channels`; none where it is 0."""
     return nn.GroupNorm(math.gcd(channels, norm_groups), channels, eps=1e-6) if norm_groups else nn.Identity()
+
+
+def activated(norm: nn.Module, features: Tensor) -> Tensor:
+    """SiLU of the normed features, without gradients in the norm's own memory: on a CPU new memory takes longer."""
+    normed = norm(features)
+    spare = normed is not features and not torch.is_grad_enabled()
+    # A grid of one place would keep other strides than with gradients, and the next layer round in another way.
+    return F.silu(normed, inplace=spare and normed.shape[2:].numel() > 1)
 
 
 class ClassShift(nn.Module):
@@ -64,9 +73,10 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(features)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        return self.shortcut(features) + hidden
+        hidden = self.conv1(activated(self.norm1, features))
+        hidden = activated(self.norm2, hidden)
+        hidden = self.conv2(self.dropout(hidden))
+        return hidden.add_(self.shortcut(features))
 
 
 class AttentionBlock(nn.Module):
@@ -102,14 +112,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: nearest neighbour, then a convolution."""
+    """Doubles both sides: nearest neighbour, then a 3x3 convolution, in one transposed convolution.
+
+    Of the nine pixels under the kernel those from one pixel of the input are equal, so their weights are added up
+    beforehand: four products for nine.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        weight = self.conv.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
+        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (in, out, 4, 4)
+        return F.conv_transpose2d(features, sums, self.conv.bias, stride=2, padding=1)
 
 
 def level(

@@ -1,8 +1,10 @@
 """Encoding and decoding, images/s, beside diffusers' VQModel of the same architecture with the same weights.
 
 A VQModel with random weights is saved as diffusers saves it and read by `ImageTokenizer.from_diffusers`. From uint8
-images to tokens and from tokens to images in [0, 1], in float32 and in bfloat16; the peer also in channels_last, and
-its best of all is what ours in bfloat16 is held against. Shapes: B batch, S image side.
+images to tokens and from tokens to images in [0, 1], in float32 and in bfloat16. The peer is measured as its
+documentation shows it, in channels_last, with bfloat16 besides and compiled besides: its best of all is what ours in
+bfloat16 is held against. The arithmetic of the networks stands beside the peak of a large matrix product, measured in
+the same rounds. Shapes: B batch, S image side.
 """
 
 import tempfile
@@ -16,112 +18,159 @@ from diffusers import VQModel
 from diffusers_peer import DiffusersTokenizer
 from recording import ROOT, command_line, num_parameters, record, tell
 from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer import ImageTokenizer
+from train.settings import require
 
 Calls = dict[str, Callable[[], Tensor]]
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """VQGAN's, and the pictures that it is measured on."""
+
+    image_size: int  # S, pixels
+    widths: tuple[int, ...]  # a level each, halving the side
+    layers_per_block: int
+    attention_at_last: bool  # in the blocks of the lowest resolution; between them it is always
+    latent_channels: int
+    codebook_dim: int
+    codebook_size: int = 16384
+
+    def vq_model(self) -> VQModel:
+        """diffusers' VQModel with random weights, and codes as far apart as its latents are."""
+        num_plain = len(self.widths) - self.attention_at_last
+        kinds = [""] * num_plain + ["Attn"] * self.attention_at_last
+        model = VQModel(
+            block_out_channels=self.widths,
+            down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            num_vq_embeddings=self.codebook_size,
+            vq_embed_dim=self.codebook_dim,
+        )
+        model.quantize.embedding.weight.data.normal_()
+        return model
+
+
+ARCHITECTURES = {
+    "11M": Architecture(128, (64, 64, 128, 256), 1, False, latent_channels=64, codebook_dim=8),
+    "70M": Architecture(256, (128, 128, 256, 256, 512), 2, True, latent_channels=256, codebook_dim=256),  # taming's f16
+}
+
+
 @dataclass
 class CodecRun(SpeedRun):
-    """Settings of benchmarks/speed.py codec; the architecture is VQGAN's at factor 8."""
+    """Settings of benchmarks/speed.py codec."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [64, 64, 128, 128])  # a level each, halving the side
-    layers_per_block: int = 1
-    attention: bool = False  # at the lowest resolution, between the levels
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    image_sizes: list[int] = field(default_factory=lambda: [128, 256])  # S, pixels
-    max_pixels: int = 2**17  # B x S x S, by which the batch is chosen
+    models: list[str] = field(default_factory=lambda: list(ARCHITECTURES))
+    max_pixels: int = 2**16  # B x S x S, by which the batch is chosen
+    compiled: bool = True  # whether the peer is measured compiled too
+    matrix: int = 2048  # side of the product that shows the peak
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.models:
+            require(name in ARCHITECTURES, f"models={name}", f"be one of {', '.join(ARCHITECTURES)}")
 
 
 def main(config: CodecRun, root: Path = ROOT) -> None:
-    """Measure every size and write results/speed_codec.json under `root`."""
+    """Measure every model and write results/speed_codec.json under `root`."""
     torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        vq_model(config).save_pretrained(folder)
-        ours = ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device)
-        peer = DiffusersTokenizer(folder).to(config.device)
-        fast = ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device, torch.bfloat16)
     rows = []
-    for size in config.image_sizes:
-        tell(f"pictures of {size} pixels")
-        rows.append(row_of(size, ours, fast, peer, config))
+    for name in config.models:
+        tell(name)
+        torch.manual_seed(config.seed)
+        rows.append({"model": name, **row_of(ARCHITECTURES[name], config)})
     command = command_line("speed", "codec", asdict(config), asdict(CodecRun()), ())
-    figures = {"command": command, "settings": asdict(config), "parameters": num_parameters(ours), "rows": rows}
-    record("speed_codec", figures, root)
+    record("speed_codec", {"command": command, "settings": asdict(config), "rows": rows}, root)
 
 
-def vq_model(config: CodecRun) -> VQModel:
-    """diffusers' VQModel with random weights, and codes as far apart as its latents are."""
-    num_levels = len(config.block_out_channels)
-    model = VQModel(
-        block_out_channels=tuple(config.block_out_channels),
-        down_block_types=("DownEncoderBlock2D",) * num_levels,
-        up_block_types=("UpDecoderBlock2D",) * num_levels,
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.block_out_channels[-1],
-        num_vq_embeddings=config.codebook_size,
-        vq_embed_dim=config.codebook_dim,
-        mid_block_add_attention=config.attention,
-    )
-    model.quantize.embedding.weight.data.normal_()
-    return model
-
-
-def row_of(
-    size: int, ours: ImageTokenizer, fast: ImageTokenizer, peer: DiffusersTokenizer, config: CodecRun
-) -> dict[str, Any]:
-    """Everything measured at S = size."""
+def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
+    """Everything measured of one model."""
+    size = architecture.image_size
     batch = max(1, config.max_pixels // size**2)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        architecture.vq_model().save_pretrained(folder)
+        ours, fast = (
+            ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        plain, laid_out = (
+            DiffusersTokenizer(folder).to(config.device, memory_format=layout)
+            for layout in (torch.contiguous_format, torch.channels_last)
+        )
     tokens = ours.encode(images)
-    encoders: Calls = {"ours": lambda: ours.encode(images), "ours, bfloat16": lambda: fast.encode(images)}
-    decoders: Calls = {"ours": lambda: ours.decode(tokens), "ours, bfloat16": lambda: fast.decode(tokens)}
-    for name, modes in {"diffusers": {}, "diffusers, channels_last": {"channels_last": True},
-                        "diffusers, bfloat16": {"channels_last": True, "bfloat16": True}}.items():  # fmt: skip
-        encoders[name] = in_modes(lambda: peer.encode(images), peer, **modes)
-        decoders[name] = in_modes(lambda: peer.decode(tokens), peer, **modes)
+    parts: dict[str, Calls] = {
+        "encode": {"ours": lambda: ours.encode(images), "ours, bfloat16": lambda: fast.encode(images)},
+        "decode": {"ours": lambda: ours.decode(tokens), "ours, bfloat16": lambda: fast.decode(tokens)},
+    }
+    for part, given in {"encode": images, "decode": tokens}.items():
+        calls, best = parts[part], getattr(laid_out, part)
+        calls["diffusers"] = lambda part=part, given=given: getattr(plain, part)(given)
+        calls["diffusers, channels_last"] = lambda best=best, given=given: best(given)
+        calls["diffusers, bfloat16"] = in_bfloat16(best, given)
+        if config.compiled:
+            calls["diffusers, bfloat16, compiled"] = in_bfloat16(torch.compile(best), given)
     with torch.no_grad():
-        difference = (encoders["diffusers"]() != tokens).float().mean(), decoders["diffusers"]() - decoders["ours"]()
+        differing = (plain.encode(images) != tokens).float().mean(), plain.decode(tokens) - ours.decode(tokens)
     return {
         "image_size": size,
         "batch": batch,
-        "tokens_that_differ": four(difference[0].item()),
-        "largest_difference_of_pixels": four(difference[1].abs().max().item()),
-        "encode": compared(encoders, batch, config),
-        "decode": compared(decoders, batch, config),
+        "parameters": num_parameters(ours),
+        "tokens_that_differ": four(differing[0].item()),
+        "largest_difference_of_pixels": four(differing[1].abs().max().item()),
+        **{part: compared(calls, batch, config) for part, calls in parts.items()},
     }
 
 
-def in_modes(
-    call: Callable[[], Tensor], model: nn.Module, channels_last: bool = False, bfloat16: bool = False
-) -> Callable[[], Tensor]:
-    """The call with the model in a memory layout, under autocast where asked for."""
+def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], Tensor]:
+    """The call under autocast."""
 
     def called() -> Tensor:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bfloat16):
-            model.to(memory_format=layout)
-            return call()
+        with torch.autocast(given.device.type, torch.bfloat16):
+            return call(given)
 
     return called
 
 
 def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
-    """Images a second and peak memory of each, ours against the peer in float32, and the fastest of both."""
+    """Images a second and peak memory of each, ours against the peer's ways, and our share of the machine's peak."""
     memory = {name: peak_memory(call, config.device) for name, call in calls.items()}
-    seconds = interleaved(calls, config.rounds, config.seconds)
+    products = {}
+    for name, dtype in {"product, float32": torch.float32, "product, bfloat16": torch.bfloat16}.items():
+        matrix = torch.randn(config.matrix, config.matrix, device=config.device).to(dtype)
+        products[name] = lambda matrix=matrix: matrix @ matrix
+    seconds = interleaved({**calls, **products}, config.rounds, config.seconds)
+    peaks = {name: 2 * config.matrix**3 / min(seconds[name]) for name in products}
+    work = {name: flops(calls[name]) for name in ("ours", "diffusers")}
     figures = {
         name: {"images_per_second": spread([batch / each for each in seconds[name]]), "peak_memory": memory[name]}
         for name in calls
     }
     best = min((name for name in calls if name.startswith("diffusers")), key=lambda name: sum(seconds[name]))
+    fast = seconds["ours, bfloat16"]
     return {
         "each": figures,
         "float32": speedup(seconds["ours"], seconds["diffusers"]),
-        "fastest": {"peer": best, **speedup(seconds["ours, bfloat16"], seconds[best])},
+        "fastest": {"peer": best, **speedup(fast, seconds[best])},
+        "documented": speedup(fast, seconds["diffusers"]),  # the peer as its documentation shows it
+        "flops_per_image": {name: each // batch for name, each in work.items()},
+        "peak_flops": {name.removeprefix("product, "): four(peak) for name, peak in peaks.items()},
+        "share_of_peak": {
+            "float32": spread([work["ours"] / each / peaks["product, float32"] for each in seconds["ours"]]),
+            "bfloat16": spread([work["ours"] / each / peaks["product, bfloat16"] for each in fast]),
+        },
     }
+
+
+def flops(call: Callable[[], Tensor]) -> int:
+    """Operations of a call, those of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

@@ -9,12 +9,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from recording import ROOT, command_line, num_parameters, record
-from speed_codec import CodecRun, vq_model
+from speed_codec import ARCHITECTURES
 from stopwatch import MIN_ROUNDS, in_turns, speedup, spread
 
 from tokenizer import ImageTokenizer
@@ -43,15 +43,13 @@ PARTS = ("import_torch", "import_library", "load")
 
 @dataclass
 class StartRun:
-    """Settings of benchmarks/speed.py start; the architecture is VQGAN's at factor 16, 70 million parameters."""
+    """Settings of benchmarks/speed.py start."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 128, 256, 256, 512])  # a level each
-    layers_per_block: int = 2
-    codebook_size: int = 16384
-    codebook_dim: int = 256
+    model: str = "70M"  # one of the architectures of speed_codec.py
     rounds: int = 7  # processes of each, of which the median is taken
 
     def __post_init__(self) -> None:
+        require(self.model in ARCHITECTURES, f"model={self.model}", f"be one of {', '.join(ARCHITECTURES)}")
         require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
 
 
@@ -59,8 +57,7 @@ def main(config: StartRun, root: Path = ROOT) -> None:
     """Measure and write results/speed_start.json under `root`."""
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = f"{folder}/theirs", f"{folder}/ours"
-        architecture = {key: value for key, value in asdict(config).items() if key != "rounds"}
-        vq_model(CodecRun(**architecture, attention=True)).save_pretrained(theirs)
+        ARCHITECTURES[config.model].vq_model().save_pretrained(theirs)
         model = ImageTokenizer.from_diffusers(theirs, pixel_range=(0, 1))
         model.save_pretrained(ours)
         folders = {"ours": ours, "diffusers": theirs, "reading alone": ours}

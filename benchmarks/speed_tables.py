@@ -30,20 +30,24 @@ def search_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """A line of encoding and one of decoding for each size of pictures."""
+    """A line of encoding and one of decoding for each model."""
     rows = []
     for row in result["rows"]:
         for part in ("encode", "decode"):
             measured = row[part]
-            each = measured["each"]
+            each, shares = measured["each"], measured["share_of_peak"]
             rows.append(
                 {
-                    "what": part,
-                    "pictures": f"{row['batch']} of {row['image_size']} px",
+                    "parameters": f"{row['parameters'] / 1e6:.0f}M",
+                    "what": f"{part} {row['batch']} of {row['image_size']} px",
                     "float32, images/s": f"{each['ours']['images_per_second']['median']:.3g}",
                     "against diffusers in float32": times(measured["float32"]),
                     "bfloat16, images/s": f"{each['ours, bfloat16']['images_per_second']['median']:.3g}",
                     "against diffusers at its best": f"{times(measured['fastest'])} ({measured['fastest']['peer']})",
+                    "against diffusers as documented": times(measured["documented"]),
+                    "share of the peak: float32, bfloat16": ", ".join(
+                        f"{shares[name]['median']:.0%}" for name in ("float32", "bfloat16")
+                    ),
                 }
             )
     return rows

@@ -7,6 +7,7 @@ stands next to the floor that nothing can go below.
 
 import sys
 
+import speed_agreement
 import speed_codec
 import speed_dataset
 import speed_generation
@@ -18,6 +19,7 @@ import speed_training
 from train.config import launch
 
 PARTS = {
+    "agreement": (speed_agreement.main, speed_agreement.AgreementRun),
     "codec": (speed_codec.main, speed_codec.CodecRun),
     "dataset": (speed_dataset.main, speed_dataset.DatasetRun),
     "generation": (speed_generation.main, speed_generation.GenerationRun),

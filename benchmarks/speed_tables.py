@@ -42,15 +42,32 @@ def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                     "what": f"{part} {row['batch']} of {row['image_size']} px",
                     "float32, images/s": f"{each['ours']['images_per_second']['median']:.3g}",
                     "against diffusers in float32": times(measured["float32"]),
-                    "bfloat16, images/s": f"{each['ours, bfloat16']['images_per_second']['median']:.3g}",
+                    "fast, images/s": f"{each['ours, fast']['images_per_second']['median']:.3g}",
                     "against diffusers at its best": f"{times(measured['fastest'])} ({measured['fastest']['peer']})",
                     "against diffusers as documented": times(measured["documented"]),
-                    "share of the peak: float32, bfloat16": ", ".join(
+                    "share of the peak: float32, fast": ", ".join(
                         f"{shares[name]['median']:.0%}" for name in ("float32", "bfloat16")
                     ),
                 }
             )
     return rows
+
+
+def agreement_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """A line of each tokenizer."""
+    return [
+        {
+            "codes": f"{row['codes']:,}",
+            "photographs": f"{row['images']} of {result['settings']['image_size']} px",
+            "tokens that agree: fast, bfloat16 throughout": ", ".join(
+                f"{row[name]['tokens_that_agree']:.2%}" for name in ("fast", "bfloat16")
+            ),
+            "pixels of the same tokens differ by: fast, bfloat16 (levels of 256)": ", ".join(
+                f"{row[name]['difference_of_pixels']:.2f}" for name in ("fast", "bfloat16")
+            ),
+        }
+        for row in result["rows"]
+    ]
 
 
 def generation_rows(result: dict[str, Any]) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from speed_tables import codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
+from speed_tables import agreement_rows, codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
 from speed_tables import generation_rows as speed_generation_rows
 
 from train.counting import told_usage
@@ -378,6 +378,7 @@ ROWS = {
     "reference_vqvae_ablation": ablation_rows,
     "quantizers": quantizers_rows,
     "quantizers_many_codes": many_codes_rows,
+    "speed_agreement": agreement_rows,
     "speed_codec": codec_rows,
     "speed_dataset": dataset_rows,
     "speed_generation": speed_generation_rows,

@@ -304,3 +304,30 @@ def test_encode_leaves_each_part_in_the_mode_that_it_was_in(tokenizer):
     before = [module.training for module in tokenizer.modules()]
     tokenizer.encode(images_of(1))
     assert [module.training for module in tokenizer.modules()] == before
+
+
+def test_the_fast_mode_rounds_the_latents_less_than_bfloat16_throughout_and_searches_in_float32(tokenizer):
+    for weight in tokenizer.parameters():
+        weight.data = 0.3 * torch.randn_like(weight)
+    images = torch.rand(8, 3, 32, 32)
+    fast, rounded = copy.deepcopy(tokenizer).fast(), copy.deepcopy(tokenizer).bfloat16()
+    with torch.no_grad():
+        expected, found, coarse = (each.encode_latents(images).float() for each in (tokenizer, fast, rounded))
+        assert fast.encode_latents(images).dtype == torch.float32
+    assert 0 < (found - expected).norm() < 0.7 * (coarse - expected).norm()
+    assert torch.equal(fast.quantizer.codebook, tokenizer.quantizer.codebook)
+    assert fast.fingerprint != tokenizer.fingerprint  # it makes other tokens
+
+
+def test_the_fast_mode_is_the_model_itself_decodes_in_bfloat16_and_is_saved_in_float32(tokenizer, tmp_path):
+    tokens = tokenizer.encode(torch.rand(2, 3, 32, 32))
+    expected = tokenizer.decode(tokens)
+    assert tokenizer.fast() is tokenizer
+    pictures = tokenizer.decode(tokens)
+    assert pictures.dtype == torch.float32
+    assert not torch.equal(pictures, expected)
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=0.05)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert loaded.fingerprint == tokenizer.fingerprint

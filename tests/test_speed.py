@@ -17,6 +17,7 @@ from train.token_store import TokenStore
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
+import speed_agreement
 import speed_codec
 import speed_dataset
 import speed_generation
@@ -27,6 +28,7 @@ import speed_tables
 import speed_training
 import stopwatch
 import tables
+from speed_agreement import AgreementRun
 from speed_codec import CodecRun
 from speed_dataset import DatasetRun
 from speed_generation import GenerationRun
@@ -73,6 +75,19 @@ def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path, 
     work = row["decode"]["flops_per_image"]
     assert work["ours"] < work["diffusers"]  # upsampling
     assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode 2 of 16 px", "decode 2 of 16 px"]
+
+
+def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(tokenizer, colours, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    settings = [f"tokenizers=[{tmp_path / 'tiny'}]", f"data={colours}", "image_size=16", "images=3"]
+    speed_agreement.main(parse(AgreementRun, settings), tmp_path)
+    written = recorded(tmp_path, "speed_agreement")
+    (row,) = written["rows"]
+    assert (row["tokenizer"], row["images"], row["tokens"]) == ("tiny", 3, 3 * 8 * 8)
+    for mode in ("fast", "bfloat16"):
+        assert 0.5 < row[mode]["tokens_that_agree"] <= 1
+        assert 0 < row[mode]["difference_of_pixels"] < 10
+    assert tables.markdown(speed_tables.agreement_rows(written)).count("\n") == 2
 
 
 def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path, monkeypatch):

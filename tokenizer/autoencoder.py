@@ -73,10 +73,15 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.conv1(activated(self.norm1, features))
+        hidden = self.conv1(activated(self.norm1, features).to(self.conv1.weight.dtype))
         hidden = activated(self.norm2, hidden)
         hidden = self.conv2(self.dropout(hidden))
-        return hidden.add_(self.shortcut(features))
+        return hidden.to(features.dtype).add_(self.shortcut(features))
+
+    def branch_to(self, dtype: torch.dtype) -> None:
+        """Compute in this type from the first convolution to the second; what is added to remains as it comes."""
+        for layer in (self.conv1, self.norm2, self.conv2):
+            layer.to(dtype)
 
 
 class AttentionBlock(nn.Module):

@@ -6,12 +6,12 @@ Shapes: B batch, C image channels, H W image sides in pixels, D components of a 
 
 from abc import abstractmethod
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import AUTOENCODERS
+from .autoencoder import AUTOENCODERS, ResidualBlock
 from .choices import build
 from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
@@ -121,6 +121,19 @@ class ImageModel(PretrainedModel):
                 f"resize={resize!r} must be a side in pixels, a positive multiple of downsample_factor={factor}, "
                 f"or None to keep the size"
             )
+
+    def fast(self) -> Self:
+        """This model itself, changed for good so that it codes faster, in bfloat16 where that hardly shows.
+
+        In the encoder the branches of residual blocks are; what they add to stays in float32, for a rounding there
+        moves tokens: of those that a model in bfloat16 throughout changes, most stay (README, Speed). The decoder is
+        as a whole. The weights are rounded with it, so the fingerprint is another.
+        """
+        for block in self.autoencoder.encoder.modules():
+            if isinstance(block, ResidualBlock):
+                block.branch_to(torch.bfloat16)
+        self.autoencoder.decoder.to(torch.bfloat16)
+        return self
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,85 @@
+"""What the fast mode changes: its tokens and pictures beside those of float32, on photographs, with trained weights.
+
+Beside `fast()` stands the model in bfloat16 throughout, which it is there to be better than. Shapes: N photographs,
+C channels, S side in pixels.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from labelled_images import content_hash, picture_batches
+from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
+from stopwatch import four
+from torch import Tensor
+
+from tokenizer import ImageTokenizer
+from train.settings import PHOTOGRAPHS, SourceSettings, at_least_one, require
+from train.sources import open_splits, reading
+
+
+@dataclass
+class AgreementRun:
+    """Settings of benchmarks/speed.py agreement."""
+
+    tokenizers: list[str] = field(default_factory=lambda: ["runs/vqvae"])  # folders or repo ids, without classes
+    data: str = PHOTOGRAPHS  # embedded ones; or as for train/vqvae.py
+    named: str | None = None  # the Hub id of `data` where that is a path; stands in the record in its place
+    split: str = "train"  # split that the tokenizers were trained on
+    eval_split: str | None = None  # split of the photographs; default: validation, else test, else a seeded 2% held out
+    image_size: int = 128  # S, pixels; short sides are brought to it
+    images: int = 500  # N at most
+    threads: int = 1
+    device: str = "cpu"
+    data_options: SourceSettings = field(default_factory=SourceSettings)
+
+    streaming: ClassVar[bool] = False  # the photographs are held in memory
+    seed: ClassVar[int] = 0  # nothing is random
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "images", "threads"):
+            at_least_one(self, name)
+        require(bool(self.tokenizers), "tokenizers=[]", "name at least one")
+
+
+def main(config: AgreementRun, root: Path = ROOT) -> None:
+    """Measure every tokenizer and write results/speed_agreement.json under `root`."""
+    torch.set_num_threads(config.threads)
+    rows = []
+    for name in config.tokenizers:
+        tell(name)
+        with refusals():
+            tokenizer = ImageTokenizer.from_pretrained(name).to(config.device)
+            tokenizer.grid_size(config.image_size)
+        require(not tokenizer.config.num_classes, f"tokenizers={name}", "be models without classes")
+        with reading(config.data):
+            source, channels = open_splits(config)[1], tokenizer.config.image_channels
+            batches = picture_batches(source, channels, config.image_size, config.images, 50, rank=0, num_ranks=1)
+            photographs = torch.cat([batch for _, batch in batches])
+        rows.append({"tokenizer": Path(name).name, **row_of(tokenizer, photographs)})
+    settings = public_settings(config)
+    command = command_line("speed", "agreement", settings, public_settings(AgreementRun()), ("tokenizers", "data"))
+    record("speed_agreement", {"command": command, "settings": settings, "rows": rows}, root)
+
+
+@torch.no_grad()
+def row_of(tokenizer: ImageTokenizer, photographs: Tensor) -> dict[str, Any]:
+    """Everything measured of one tokenizer on photographs (N, C, S, S) uint8."""
+    tokens = tokenizer.encode(photographs)
+    pictures = tokenizer.decode(tokens)
+    row = {
+        "fingerprint": tokenizer.fingerprint,
+        "parameters": num_parameters(tokenizer),
+        "codes": tokenizer.vocab_size,
+        "images": len(photographs),
+        "photographs_sha256": content_hash(photographs),
+        "tokens": tokens.numel(),
+    }
+    for name, fast in {"fast": deepcopy(tokenizer).fast(), "bfloat16": deepcopy(tokenizer).bfloat16()}.items():
+        row[name] = {
+            "tokens_that_agree": four((fast.encode(photographs) == tokens).double().mean().item()),
+            "difference_of_pixels": four(255 * (fast.decode(tokens) - pictures).abs().mean().item()),
+        }
+    return row

@@ -24,6 +24,7 @@ from prior import AutoregressivePrior, PriorConfig
 from prior.config import check_vocabulary
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
+from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
 from train.config import UserError, differences, launch, to_yaml
 from train.data import dealt_batches
@@ -152,8 +153,7 @@ def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Acceler
         for split in SPLITS:
             if split not in store.splits:
                 raise ValueError(f"it has no {split} rows; encode data that has some, split=... and eval_split=...")
-        with torch.device("meta"):
-            build_prior(config, store.stamp)
+        unfilled(lambda: build_prior(config, store.stamp))
         return store
     except UserError as error:
         raise type(error)(f"the default token store: {error}; or give tokens=... to train on another one") from None

@@ -8,12 +8,12 @@ import logging
 import time
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tokenizer.metrics import psnr
+from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
 from train.config import UserError, launch, to_yaml
 from train.data import training_batches
@@ -115,8 +115,7 @@ def train(
 def check_model(config: AutoencoderRun) -> None:
     """Raise UserError where the model cannot be built or the crop does not fit it."""
     try:
-        with torch.device("meta"):
-            model = EXAMINERS[type(config)].model_class(config.model)
+        model = unfilled(lambda: EXAMINERS[type(config)].model_class(config.model))
         model.grid_size(config.image_size)
     except ValueError as error:
         raise UserError(str(error)) from None

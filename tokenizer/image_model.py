@@ -125,9 +125,9 @@ class ImageModel(PretrainedModel):
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster, in bfloat16 where that hardly shows.
 
-        In the encoder the branches of residual blocks are; what they add to stays in float32, for a rounding there
-        moves tokens: of those that a model in bfloat16 throughout changes, most stay (README, Speed). The decoder is
-        as a whole. The weights are rounded with it, so the fingerprint is another.
+        In the encoder that is the branches of the residual blocks; what they add to stays in float32, since rounding it
+        is what moves most of the tokens that move in bfloat16 (README, Speed). The decoder is in bfloat16 as a whole.
+        Weights are rounded with it, so the fingerprint is another.
         """
         for block in self.autoencoder.encoder.modules():
             if isinstance(block, ResidualBlock):

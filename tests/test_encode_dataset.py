@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def saved(tmp_path_factory) -> str:
     torch.manual_seed(0)
     ImageTokenizer(tiny_config()).save_pretrained(folder)
     return str(folder)
+
+
+def stirred(tokenizer: ImageTokenizer) -> ImageTokenizer:
+    """With every weight random, those too that start at nought, and codes as far apart as latents then are."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*tokenizer.parameters(), tokenizer.quantizer.codebook):
+        tensor.data = torch.randn(tensor.shape, generator=generator)
+    return tokenizer
 
 
 def fill(folder: Path, num_images: int, first: int = 0) -> None:
@@ -126,6 +135,22 @@ def test_the_tokens_are_those_of_encode_with_labels_classes_and_keys(saved, data
     assert (stamp.image_size, stamp.image_channels, stamp.tokenizer) == (SIZE, 3, None)
     assert len(store.shards["train"]) == 4
     assert len(store.shards["validation"]) == 2
+
+
+def test_in_the_fast_mode_tokens_are_those_of_the_fast_tokenizer_and_the_store_is_the_tokenizers(saved, data, tmp_path):
+    tokenizer = stirred(ImageTokenizer.from_pretrained(saved))
+    tokenizer.save_pretrained(tmp_path / "stirred")
+    made = settings(str(tmp_path / "stirred"), data, tmp_path / "store", fast=True)
+    store = encode(made)
+    store.check_tokenizer(tokenizer.fingerprint)
+    fast, changed = deepcopy(tokenizer).fast(), 0
+    for row in store.rows("train"):
+        picture = Image.open(data / row["key"])
+        assert row["tokens"].tolist() == fast.encode(picture, resize=SIZE).flatten().tolist()
+        changed += row["tokens"].tolist() != tokenizer.encode(picture, resize=SIZE).flatten().tolist()
+    assert changed > 0  # or it would show nothing
+    with pytest.raises(UserError, match="fast"):
+        encode(replace(made, fast=False))
 
 
 def test_nothing_in_a_store_but_run_yaml_names_a_local_folder(saved, data, tmp_path):

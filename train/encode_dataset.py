@@ -6,6 +6,7 @@ A shard gets its name when it is whole: started again after a signal or a kill, 
 import logging
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +94,8 @@ def encode(
     corrupt = {split: CorruptCounter(config, source, set()) for split, source in sources.items()}
     progress, stop = ShardProgress(config, accelerator, missing, len(share)), StopRequest()
 
-    with stop.listening(), logging_redirect_tqdm(), OpenShards(folder, tokenizer, stamp) as opened:
+    encoder = deepcopy(tokenizer).fast() if config.fast else tokenizer  # what it makes, the tokenizer decodes
+    with stop.listening(), logging_redirect_tqdm(), OpenShards(folder, encoder, stamp) as opened:
         for batch in shard_batches(missing, sources, config, tokenizer) if missing else ():
             if isinstance(batch, UserError):
                 raise RunError(f"{batch}; finished shards are safe in {folder.path}, the same command goes on")

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, prepare_pil
 from train.config import UserError
-from train.sources import ImageSource
+from train.sources import ImageSource, open_splits, reading
+
+READ_AT_ONCE = 100
 
 
 @dataclass
@@ -62,6 +64,14 @@ def picture_batches(
             return
         if number % num_ranks == rank:
             yield number * batch_size, torch.stack([square(source, row, channels, side) for row in batch])
+
+
+def validation_pictures(config: Any, channels: int, side: int, limit: int) -> Tensor:
+    """The first `limit` pictures (N, C, S, S) uint8 of the validation split that a program's settings name."""
+    with reading(config.data):
+        source = open_splits(config)[1]
+        batches = picture_batches(source, channels, side, limit, READ_AT_ONCE, rank=0, num_ranks=1)
+        return torch.cat([batch for _, batch in batches])
 
 
 def read_images(source: ImageSource, channels: int, side: int) -> LabelledImages:

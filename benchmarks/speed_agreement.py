@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from labelled_images import content_hash, picture_batches
+from labelled_images import content_hash, validation_pictures
 from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
 from stopwatch import four
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
 from train.settings import PHOTOGRAPHS, SourceSettings, at_least_one, require
-from train.sources import open_splits, reading
 
 
 @dataclass
@@ -54,10 +53,7 @@ def main(config: AgreementRun, root: Path = ROOT) -> None:
             tokenizer = ImageTokenizer.from_pretrained(name).to(config.device)
             tokenizer.grid_size(config.image_size)
         require(not tokenizer.config.num_classes, f"tokenizers={name}", "be models without classes")
-        with reading(config.data):
-            source, channels = open_splits(config)[1], tokenizer.config.image_channels
-            batches = picture_batches(source, channels, config.image_size, config.images, 50, rank=0, num_ranks=1)
-            photographs = torch.cat([batch for _, batch in batches])
+        photographs = validation_pictures(config, tokenizer.config.image_channels, config.image_size, config.images)
         rows.append({"tokenizer": Path(name).name, **row_of(tokenizer, photographs)})
     settings = public_settings(config)
     command = command_line("speed", "agreement", settings, public_settings(AgreementRun()), ("tokenizers", "data"))

@@ -17,9 +17,8 @@ import torch
 from diffusers import VQModel
 from diffusers_peer import DiffusersTokenizer
 from recording import ROOT, command_line, num_parameters, record, tell
-from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
+from stopwatch import SpeedRun, flops, four, interleaved, peak_memory, peaks, products, speedup, spread
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer import ImageTokenizer
 from train.settings import require
@@ -140,12 +139,8 @@ def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[],
 def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
     """Images a second and peak memory of each, ours against the peer's ways, and our share of the machine's peak."""
     memory = {name: peak_memory(call, config.device) for name, call in calls.items()}
-    products = {}
-    for name, dtype in {"product, float32": torch.float32, "product, bfloat16": torch.bfloat16}.items():
-        matrix = torch.randn(config.matrix, config.matrix, device=config.device).to(dtype)
-        products[name] = lambda matrix=matrix: matrix @ matrix
-    seconds = interleaved({**calls, **products}, config.rounds, config.seconds)
-    peaks = {name: 2 * config.matrix**3 / min(seconds[name]) for name in products}
+    seconds = interleaved(calls | products(config.matrix, config.device), config.rounds, config.seconds)
+    peak = peaks(seconds, config.matrix)
     work = {name: flops(calls[name]) for name in ("ours", "diffusers")}
     figures = {
         name: {"images_per_second": spread([batch / each for each in seconds[name]]), "peak_memory": memory[name]}
@@ -159,16 +154,9 @@ def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
         "fastest": {"peer": best, **speedup(fast, seconds[best])},
         "documented": speedup(fast, seconds["diffusers"]),  # the peer as its documentation shows it
         "flops_per_image": {name: each // batch for name, each in work.items()},
-        "peak_flops": {name.removeprefix("product, "): four(peak) for name, peak in peaks.items()},
+        "peak_flops": {name: four(each) for name, each in peak.items()},
         "share_of_peak": {
-            "float32": spread([work["ours"] / each / peaks["product, float32"] for each in seconds["ours"]]),
-            "bfloat16": spread([work["ours"] / each / peaks["product, bfloat16"] for each in fast]),
+            "float32": spread([work["ours"] / each / peak["float32"] for each in seconds["ours"]]),
+            "bfloat16": spread([work["ours"] / each / peak["bfloat16"] for each in fast]),
         },
     }
-
-
-def flops(call: Callable[[], Tensor]) -> int:
-    """Operations of a call, those of matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()

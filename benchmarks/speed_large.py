@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from labelled_images import content_hash, picture_batches
+from labelled_images import content_hash, validation_pictures
 from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
 from stopwatch import SpeedRun, four, interleaved, peak_memory, seconds_of, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
 from train.settings import SourceSettings, at_least_one, require
-from train.sources import open_splits, reading
 
 
 @dataclass
@@ -56,7 +55,8 @@ def main(config: LargeRun, root: Path = ROOT) -> None:
         for size in config.image_sizes:
             tokenizer.grid_size(size)
     require(not tokenizer.config.num_classes, f"tokenizer={config.tokenizer}", "be a model without classes")
-    photographs = read_photographs(config, tokenizer.config.image_channels)
+    limit = num_across(max(config.image_sizes), config.photograph_size) ** 2  # what the largest has room for
+    photographs = validation_pictures(config, tokenizer.config.image_channels, config.photograph_size, limit)
     rows = []
     for size in config.image_sizes:
         with refusals():
@@ -71,15 +71,6 @@ def main(config: LargeRun, root: Path = ROOT) -> None:
         "rows": rows,
     }
     record("speed_large", figures, root)
-
-
-def read_photographs(config: LargeRun, channels: int) -> Tensor:
-    """As many as the largest mosaic has room for, (N, C, S, S) uint8."""
-    limit = num_across(max(config.image_sizes), config.photograph_size) ** 2
-    with reading(config.data):
-        source = open_splits(config)[1]
-        batches = picture_batches(source, channels, config.photograph_size, limit, 100, rank=0, num_ranks=1)
-        return torch.cat([batch for _, batch in batches])
 
 
 def num_across(side: int, photograph_size: int) -> int:

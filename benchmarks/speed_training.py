@@ -23,10 +23,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import SpeedRun, finish, four, interleaved, speedup, spread
+from stopwatch import SpeedRun, finish, flops, four, interleaved, peaks, products, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from vector_quantize_pytorch import VectorQuantize
 
 from tokenizer import ImageTokenizer
@@ -90,14 +89,10 @@ def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]
     calls = {"ours": lambda: ours.step(batch)}
     for name, modes in PEER_MODES.items():
         calls[name] = Peer(ours.network, ours.run, **modes).bind(batch.crops)
-    for name, dtype in {"product, float32": torch.float32, "product, bfloat16": torch.bfloat16}.items():
-        matrix = torch.randn(config.matrix, config.matrix, device=config.device, dtype=dtype)
-        calls[name] = lambda matrix=matrix: matrix @ matrix
-    seconds = interleaved(calls, config.rounds, config.seconds)
+    seconds = interleaved(calls | products(config.matrix, config.device), config.rounds, config.seconds)
     best = min(PEER_MODES, key=lambda name: sum(seconds[name]))
     size = len(batch.crops)
-    work = flops(ours.network, batch.crops)
-    peaks = {name: 2 * config.matrix**3 / min(seconds[f"product, {name}"]) for name in ("float32", "bfloat16")}
+    work, peak = ours.work(batch.crops), peaks(seconds, config.matrix)
     reached = work / sorted(seconds["ours"])[config.rounds // 2]
     return {
         "model": words,
@@ -110,8 +105,8 @@ def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]
         "float32": speedup(seconds["ours"], seconds["peer"]),
         "fastest": {"peer": best, **speedup(seconds["ours"], seconds[best])},
         "flops_per_image": work // size,
-        "peak_flops": {name: four(peak) for name, peak in peaks.items()},
-        "share_of_peak": {name: four(reached / peak) for name, peak in peaks.items()},
+        "peak_flops": {name: four(each) for name, each in peak.items()},
+        "share_of_peak": {name: four(reached / each) for name, each in peak.items()},
         "shares_of_time": ours.shares_of_time(config.profiled_steps),
         "loader_images_per_second": spread([ours.loader_speed(config.images) for _ in range(config.rounds)]),
     }
@@ -148,6 +143,13 @@ class Training:
     def step(self, *batches: Batch) -> None:
         """The step in the middle of the run."""
         self.take_step(self.run.steps // 2, batches, self.examiner)
+
+    def work(self, crops: Tensor) -> int:
+        """Operations of a forward and a backward pass."""
+        done = flops(lambda: self.network(crops.float() / 255).reconstructions.sum().backward())
+        self.network.bottleneck.discard()
+        self.network.zero_grad()
+        return done
 
     def loader_speed(self, num_images: int) -> float:
         """Images a second of the crops alone, decoded for the first time, by the run's own workers."""
@@ -235,12 +237,3 @@ class Peer(nn.Module):
             self.optimizer.step()
 
         return step
-
-
-def flops(network: ImageTokenizer, crops: Tensor) -> int:
-    """Operations of a forward and a backward pass, those of matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        network(crops.float() / 255).reconstructions.sum().backward()
-    network.bottleneck.discard()
-    network.zero_grad()
-    return counter.get_total_flops()

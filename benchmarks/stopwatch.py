@@ -12,10 +12,13 @@ from typing import TypeVar
 
 import torch
 from recording import tell
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from train.settings import at_least_one, require
 
 MIN_ROUNDS = 5
+PEAKS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 Figure = TypeVar("Figure")
@@ -75,6 +78,27 @@ def finish() -> None:
     """Wait for what a GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def products(side: int, device: str) -> dict[str, Callable[[], Tensor]]:
+    """A matrix product of so many rows and columns in each type, to be timed beside what is held against the peak."""
+    calls = {}
+    for name, dtype in PEAKS.items():
+        matrix = torch.randn(side, side, device=device).to(dtype)
+        calls[f"product, {name}"] = lambda matrix=matrix: matrix @ matrix
+    return calls
+
+
+def peaks(seconds: dict[str, list[float]], side: int) -> dict[str, float]:
+    """Operations a second of each type, by the fastest of its `products`."""
+    return {name: 2 * side**3 / min(seconds[f"product, {name}"]) for name in PEAKS}
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Operations of a call, those of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def spread(figures: list[float]) -> dict[str, float]:

@@ -63,14 +63,6 @@ def saved(tmp_path_factory) -> str:
     return str(folder)
 
 
-def stirred(tokenizer: ImageTokenizer) -> ImageTokenizer:
-    """With every weight random, those too that start at nought, and codes as far apart as latents then are."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in (*tokenizer.parameters(), tokenizer.quantizer.codebook):
-        tensor.data = torch.randn(tensor.shape, generator=generator)
-    return tokenizer
-
-
 def fill(folder: Path, num_images: int, first: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + num_images):
@@ -138,9 +130,11 @@ def test_the_tokens_are_those_of_encode_with_labels_classes_and_keys(saved, data
 
 
 def test_in_the_fast_mode_tokens_are_those_of_the_fast_tokenizer_and_the_store_is_the_tokenizers(saved, data, tmp_path):
-    tokenizer = stirred(ImageTokenizer.from_pretrained(saved))
-    tokenizer.save_pretrained(tmp_path / "stirred")
-    made = settings(str(tmp_path / "stirred"), data, tmp_path / "store", fast=True)
+    tokenizer, generator = ImageTokenizer.from_pretrained(saved), torch.Generator().manual_seed(0)
+    for tensor in (*tokenizer.parameters(), tokenizer.quantizer.codebook):
+        tensor.data = torch.randn(tensor.shape, generator=generator)  # those too that start at nought
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    made = settings(str(tmp_path / "tokenizer"), data, tmp_path / "store", fast=True)
     store = encode(made)
     store.check_tokenizer(tokenizer.fingerprint)
     fast, changed = deepcopy(tokenizer).fast(), 0

@@ -128,6 +128,15 @@ def test_in_a_bfloat16_model_latents_and_kl_stay_float32(vae):
     assert torch.equal(vae.decode(vae.encode(images_of(1))), output.reconstructions.clamp(0, 1))
 
 
+def test_the_fast_mode_gives_float32_latents_and_pictures_near_those_of_before(vae):
+    latents, pictures = vae.encode(images_of(1)), vae(images_of(1)).reconstructions.clamp(0, 1)
+    found, decoded = vae.fast().encode(images_of(1)), vae.decode(latents)
+    assert found.dtype == decoded.dtype == torch.float32
+    torch.testing.assert_close(found, latents, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(decoded, pictures, rtol=0, atol=0.05)
+    assert not torch.equal(decoded, pictures)
+
+
 ZEROS = torch.zeros(1, 4, 2, 2)
 REFUSED = {
     "integers": (ZEROS.long(), r"torch.int64; the rule is a float tensor \(B, 4, h, w\)"),

@@ -230,7 +230,8 @@ class ConvolutionalAutoencoder(nn.Module):
     def fast(self) -> None:
         """Compute in bfloat16: the decoder as a whole, of the encoder the branches of its residual blocks.
 
-        What the branches are added to stays in float32: rounding it moves most of the tokens that bfloat16 moves.
+        What the branches are added to stays in float32, and the layers at its ends and between its levels do: rounding
+        there moves most of the tokens that bfloat16 moves.
         """
         for block in self.encoder.modules():
             if isinstance(block, ResidualBlock):

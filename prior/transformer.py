@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 ROTARY_BASE = 100.0  # text has 10,000; the sides of a grid are short (Heo et al. 2024, arXiv:2403.13298, section 3.2)
 NORM_EPS = 1e-6  # added to mean squares
 CACHE_GROWTH = 32  # positions
+PLAIN_LENGTH = 256  # positions up to which plain products were seen to be faster
 INITIAL_STD = 0.02  # of all weights but those of the projections (GPT-2)
 
 
@@ -95,8 +96,23 @@ class Attention(nn.Module):
         queries, keys = rotate(self.query_norm(queries), angles), rotate(self.key_norm(keys), angles)
         if cache is not None:
             cache.append(keys, values)
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        attended = attend(queries, keys, values)
         return self.project(rearrange(attended, "b heads n d -> b n (heads d)"))
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention, each (B, heads, n, d).
+
+    A CPU's fused attention has no products in bfloat16: short sequences by plain ones take half to a seventh the time
+    of its forward and backward pass.
+    """
+    length = queries.shape[2]
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or length > PLAIN_LENGTH:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    future = queries.new_full((length, length), -torch.inf).triu(1)
+    rows = queries.flatten(0, 1), keys.flatten(0, 1).mT
+    scores = torch.baddbmm(future, *rows, alpha=queries.shape[3] ** -0.5)
+    return torch.bmm(scores.softmax(dim=2), values.flatten(0, 1)).view_as(queries)
 
 
 class SwiGLU(nn.Module):

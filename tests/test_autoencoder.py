@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenizer import ImageTokenizer, TokenizerConfig
-from tokenizer.autoencoder import ConvolutionalAutoencoder, ResidualBlock, Upsample
+from tokenizer.autoencoder import PLAIN_POSITIONS, ConvolutionalAutoencoder, ResidualBlock, Upsample, attend
 
 TAMING_F16 = {
     "name": "convolutional",
@@ -72,6 +72,22 @@ def test_without_gradients_a_block_gives_the_same_and_leaves_its_input_as_it_was
     with torch.no_grad():
         assert torch.equal(block(features), expected)
     assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("positions", [1, 6, PLAIN_POSITIONS + 1])
+def test_attention_in_bfloat16_and_its_gradients_are_those_in_float64_up_to_rounding(positions):
+    torch.manual_seed(0)
+    given = [torch.randn(2, positions, 8, dtype=torch.bfloat16) for _ in range(3)]
+    exact = [each.double().requires_grad_() for each in given]
+    query, key, value = exact
+    expected = (query @ key.mT / 8**0.5).softmax(dim=2) @ value
+    rounded = [each.requires_grad_() for each in given]
+    found = attend(*rounded)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    towards = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, rounded, towards), torch.autograd.grad(expected, exact, towards.double())
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=0.05, atol=0.05)
 
 
 def norms_of(norm_groups: int) -> list[nn.GroupNorm]:

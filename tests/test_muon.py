@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tokenizer import QUANTIZERS
-from train.muon import MuonAdamW, orthogonalized
+from train.muon import MuonAdamW, iterated, orthogonalized
 from train.optimization import Trainee
 
 
@@ -18,6 +18,18 @@ def test_singular_vectors_stay_and_singular_values_come_near_1(shape):
     values = inner.diagonal()
     assert ((values > 0.6) & (values < 1.3)).all()
     torch.testing.assert_close(inner, values.diag(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
+def test_by_the_gram_matrix_the_iterations_come_to_the_same(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.rand(shape[1]) ** 6  # small singular values are what it could lose
+    wide = matrix.double() if shape[0] <= shape[1] else matrix.double().T
+    expected = iterated(wide / wide.norm())
+    found = orthogonalized(matrix)
+    found = found if shape[0] <= shape[1] else found.T
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(iterated((wide / wide.norm()).bfloat16()).double(), expected, rtol=0, atol=0.1)
 
 
 def test_a_zero_gradient_moves_nothing():

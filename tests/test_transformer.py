@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from prior.transformer import Attention, RMSNorm, SwiGLU, Transformer, rotary_angles, rotate
+from prior.transformer import (
+    PLAIN_LENGTH,
+    Attention,
+    RMSNorm,
+    SwiGLU,
+    Transformer,
+    attend,
+    rotary_angles,
+    rotate,
+)
 
 WIDTH, NUM_HEADS = 16, 2
 PLACES = torch.cartesian_prod(torch.arange(3), torch.arange(4))  # (12, 2)
@@ -83,6 +92,19 @@ def test_attention_equals_a_loop_over_queries_and_heads():
                 weights = (key[: i + 1] @ query[i] / math.sqrt(head_width)).softmax(dim=0)
                 expected[image, i, part] = weights @ values[: i + 1, part]
     torch.testing.assert_close(attention(hidden, angles, None), attention.project(expected))
+
+
+@pytest.mark.parametrize("length", [1, 5, PLAIN_LENGTH + 1])
+def test_attention_in_bfloat16_and_its_gradients_are_those_in_float64_up_to_rounding(length):
+    torch.manual_seed(0)
+    rounded = [torch.randn(2, 3, length, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    exact = [each.detach().double().requires_grad_() for each in rounded]
+    expected, found = F.scaled_dot_product_attention(*exact, is_causal=True), attend(*rounded)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    towards = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, rounded, towards), torch.autograd.grad(expected, exact, towards.double())
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=0.05, atol=0.05)
 
 
 def test_rms_norm_follows_its_formula_in_float32():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that draws singular values towards 1, to within 0.7 and 1.2
+A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic that draws singular values towards 1, to within 0.7 and 1.2
 NUM_ITERATIONS = 5
 MOMENTUM = 0.95
 RMS_OF_ADAMW = 0.2  # of a typical AdamW step at learning rate 1
@@ -57,14 +57,43 @@ class MuonAdamW(torch.optim.AdamW):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """A matrix with its singular vectors and singular values near 1, by Newton-Schulz iterations.
 
-    In bfloat16 on accelerators, which is enough for it, and in float32 on a CPU.
+    In bfloat16 on accelerators, which is enough for it. In float32 on a CPU and there by `whole_factor`: kernels are
+    wide matrices, of which that takes less than half the products.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
-    x = x / (x.norm() + 1e-7)  # no singular value above 1
-    a, b, c = COEFFICIENTS
+    wide = matrix.T if tall else matrix
+    wide = wide / (wide.norm() + 1e-7)  # no singular value above 1
+    if matrix.device.type == "cpu":
+        wide = wide.float()
+        result = whole_factor(wide @ wide.T) @ wide
+    else:
+        result = iterated(wide.bfloat16())
+    return (result.T if tall else result).to(matrix.dtype)
+
+
+def iterated(matrix: Tensor) -> Tensor:
+    """The iterations one by one, of a matrix (m, n)."""
     for _ in range(NUM_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = matrix @ matrix.T
+        matrix = torch.addmm(matrix, torch.addmm(gram, gram, gram, beta=B, alpha=C), matrix, beta=A)
+    return matrix
+
+
+def whole_factor(gram: Tensor) -> Tensor:
+    """What all iterations multiply a matrix by (m, m), from its gram matrix alone.
+
+    The next gram matrix is the one before between the factor twice. In bfloat16 its small eigenvalues would be lost.
+    """
+    step = whole = factor(gram)
+    for _ in range(NUM_ITERATIONS - 1):
+        gram = step @ gram @ step
+        step = factor(gram)
+        whole = step @ whole
+    return whole
+
+
+def factor(gram: Tensor) -> Tensor:
+    """What one iteration multiplies a matrix by (m, m)."""
+    result = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    result.diagonal().add_(A)
+    return result

@@ -137,6 +137,7 @@ def test_in_the_fast_mode_tokens_are_those_of_the_fast_tokenizer_and_the_store_i
     made = settings(str(tmp_path / "tokenizer"), data, tmp_path / "store", fast=True)
     store = encode(made)
     store.check_tokenizer(tokenizer.fingerprint)
+    assert store.stamp.fast
     fast, changed = deepcopy(tokenizer).fast(), 0
     for row in store.rows("train"):
         picture = Image.open(data / row["key"])

@@ -95,6 +95,8 @@ def test_every_setting_says_what_it_is(run):
         (["optimizer=adam"], "optimizer='adam' must be given as optimizer.KEY=..."),
         (["steps"], "argument 'steps' is neither a preset"),
         (["missing.yaml"], "preset missing.yaml cannot be read"),
+        (["steps=[1"], "argument 'steps=[1' has no YAML after its key"),
+        (["steps=${x"], "argument 'steps=${x' has no YAML after its key"),
         (["steps=2.5"], "steps: Value '2.5' of type 'float' could not be converted to Integer"),
         (["mixed_precision=fp8"], "expected one of"),
         (["average.decay=1"], "average.decay=1.0 must lie in [0, 1)"),

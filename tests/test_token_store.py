@@ -129,9 +129,10 @@ def test_a_store_knows_the_shape_of_its_tokens_and_says_it(tmp_path, stamp, shap
     assert said in (tmp_path / "store" / CARD_NAME).read_text()
 
 
-def test_a_store_of_the_first_version_has_one_codebook_and_is_read_as_ever(folder):
+@pytest.mark.parametrize(("version", "unknown"), [(1, ["num_codebooks", "fast"]), (2, ["fast"])])
+def test_a_store_of_an_older_version_is_read_as_ever(folder, version, unknown):
     def older(values: dict[str, Any]) -> dict[str, Any]:
-        return without(values, "num_codebooks") | {"format_version": 1}
+        return without(values, *unknown) | {"format_version": version}
 
     rewrite_index(older)(folder)
     for path in folder.glob("*.parquet"):
@@ -220,8 +221,8 @@ def rewrite_index(change: Callable[[dict], dict]) -> Callable[[Path], None]:
     return rewrite
 
 
-def without(values: dict, key: str) -> dict:
-    return {name: value for name, value in values.items() if name != key}
+def without(values: dict, *keys: str) -> dict:
+    return {name: value for name, value in values.items() if name not in keys}
 
 
 def unfinished(folder: Path) -> None:
@@ -254,7 +255,7 @@ def shard_of_another_plan(folder: Path) -> None:
 BROKEN = [
     (remove(INDEX_NAME), FileNotFoundError, "has no tokens.json; pass the folder of a token store"),
     (unfinished, FileNotFoundError, "unfinished token store; `accelerate launch train/encode_dataset.py .*run.yaml"),
-    (rewrite_index(lambda index: index | {"format_version": 3}), ValueError, "format_version 3 .*upgrade"),
+    (rewrite_index(lambda index: index | {"format_version": 4}), ValueError, "format_version 4 .*upgrade"),
     (rewrite_index(lambda index: without(index, "format_version")), ValueError, "format_version None"),
     (rewrite_index(lambda index: without(index, "grids")), ValueError, "lacks grids"),
     (rewrite_index(lambda index: index | {"gridz": []}), ValueError, "'gridz' .*did you mean 'grids'"),

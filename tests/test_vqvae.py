@@ -1,12 +1,16 @@
 """The training program: real processes for kills, signals, ranks and disks; the rest in this one."""
 
 import itertools
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from conftest import picture
 from hub_server import serve_hub
@@ -16,7 +20,7 @@ from tiny_runs import TINY, assert_resumes_to_the_bit, train_here
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import RunFolder
-from train.config import RunError, launch, parse
+from train.config import RunError, UserError, launch, parse
 from train.evaluation import TokenizerExaminer
 from train.losses import ReconstructionLoss
 from train.optimization import learning_rate
@@ -170,6 +174,44 @@ def test_a_folder_with_other_settings_is_refused_with_both_values(changed, undis
     with pytest.raises(Exception, match=rf"{key}={value} \(there .*start this one elsewhere with output_dir=") as error:
         main(parse(TokenizerRun, given))
     assert error.value.exit_code == 2
+
+
+def rewrite_settings(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    change(settings)
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def of_an_older_version(settings: dict[str, Any]) -> None:
+    for group, key in [(settings, "split"), (settings["optimizer"], "beta2"), (settings["model"], "num_classes")]:
+        del group[key]
+    del settings["model"]["quantizer"]["gradient"]
+    settings["forgotten"] = 1
+
+
+def test_a_folder_of_a_version_that_knew_fewer_settings_goes_on(undisturbed, picture_folder, tmp_path, caplog):
+    older = rewrite_settings(Path(shutil.copytree(undisturbed, tmp_path / "run")), of_an_older_version)
+    main(parse(TokenizerRun, [*TINY, f"data={picture_folder}", f"output_dir={older}"]))
+    assert "holds the finished run" in caplog.text
+
+
+def test_what_a_key_of_the_model_stood_for_before_it_was_there_counts_and_not_its_default(tmp_path):
+    residual = ["model.quantizer.name=residual", f"output_dir={tmp_path}"]
+    RunFolder(parse(TokenizerRun, residual)).claim(Accelerator())
+    rewrite_settings(tmp_path, lambda settings: settings["model"]["quantizer"].pop("refinement"))
+    with pytest.raises(UserError, match=r"model.quantizer.refinement=.* \(there 1.0\)"):
+        RunFolder(parse(TokenizerRun, [*residual, "model.quantizer.refinement=0.25"])).check()
+    RunFolder(parse(TokenizerRun, [*residual, "model.quantizer.refinement=1.0"])).check()
+
+
+def test_a_folder_with_a_setting_in_a_group_that_this_version_lacks_is_refused(undisturbed, picture_folder, tmp_path):
+    newer = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    rewrite_settings(newer, lambda settings: settings["average"].update(decays=0.5))
+    with pytest.raises(
+        UserError, match=r"cannot go on with \(unknown key 'average.decays'.*elsewhere with output_dir="
+    ):
+        main(parse(TokenizerRun, [*TINY, f"data={picture_folder}", f"output_dir={newer}"]))
 
 
 def test_the_way_out_of_too_many_unreadable_images_is_open(undisturbed, picture_folder, caplog):

@@ -94,11 +94,7 @@ class PretrainedConfig:
                 f"{where} has format_version {format_version} and this tokengrid reads up to {cls.format_version}; "
                 f"upgrade with `pip install --upgrade tokengrid`"
             )
-        values = json.loads(json.dumps(values))  # filled in below, the caller's stays as it is
-        for path, (added_in, value) in cls.later_keys.items():
-            holders, key = holders_of(values, path)
-            for holder in holders if format_version < added_in else ():
-                holder.setdefault(key, value)
+        values = cls.with_later_keys(values, format_version)
         known = [part.name for part in fields(cls)]
         for key in values:
             if key not in known:
@@ -113,6 +109,16 @@ class PretrainedConfig:
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}; a saved config is complete: restore or re-export it")
         return config
+
+    @classmethod
+    def with_later_keys(cls, values: dict[str, Any], format_version: int) -> dict[str, Any]:
+        """A copy of saved values that has the keys of later formats."""
+        values = json.loads(json.dumps(values))
+        for path, (added_in, value) in cls.later_keys.items():
+            holders, key = holders_of(values, path)
+            for holder in holders if format_version < added_in else ():
+                holder.setdefault(key, value)
+        return values
 
     def identity(self) -> dict[str, Any]:
         """The values that tell models apart, the same in every format version that can express the model."""

@@ -9,7 +9,7 @@ config.json, model.safetensors, README.md   the finished model
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +17,9 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from tokenizer.pretrained import CARD_NAME, written_whole
+from tokenizer.pretrained import CARD_NAME, PretrainedConfig, written_whole
 
-from .config import RunError, UserError, differences, to_yaml
+from .config import RunError, UserError, differences, layered, to_yaml
 from .settings import PublishedOutput, TrainingRun
 
 SETTINGS_NAME = "run.yaml"
@@ -35,20 +35,33 @@ class OutputFolder:
 
     def check(self) -> None:
         """Raise UserError where the folder holds something made with other settings, or things that are not ours."""
-        settings = self.path / SETTINGS_NAME
-        if not settings.is_file():
+        if not (self.path / SETTINGS_NAME).is_file():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"output_dir={self.path} exists and is no run of ours; choose another output_dir=...")
             return
-        ours = asdict(self.config)
-        theirs = {key: value for key, value in yaml.safe_load(settings.read_text()).items() if key in ours}
-        found = differences(ours, theirs).items()
+        found = differences(asdict(self.config), asdict(self.recorded())).items()
         changed = [f"{key}={a!r} (there {b!r})" for key, (a, b) in found if not self.is_free(key)]
         if changed:
             raise UserError(
                 f"output_dir={self.path} holds a run with other settings: {', '.join(changed)}; "
                 f"start this one elsewhere with output_dir=..., or repeat the settings of that one"
             )
+
+    def recorded(self) -> PublishedOutput:
+        """The settings in the folder; one that its version did not know yet has the value that it stood for."""
+        known = {part.name for part in fields(self.config)}
+        theirs = yaml.safe_load((self.path / SETTINGS_NAME).read_text())
+        theirs = {key: value for key, value in theirs.items() if key in known}
+        model = getattr(self.config, "model", None)
+        if isinstance(model, PretrainedConfig):
+            theirs["model"] = model.with_later_keys(theirs["model"], format_version=1)
+        try:
+            return layered(type(self.config), [theirs])
+        except ValueError as error:
+            raise UserError(
+                f"output_dir={self.path} holds a run that this version cannot go on with ({error}); "
+                f"start this one elsewhere with output_dir=..."
+            ) from None
 
     def is_free(self, key: str) -> bool:
         """Whether a dotted key, or a group that it is in, leaves the result as it is."""

@@ -62,8 +62,16 @@ def parse(config_class: type, arguments: list[str]) -> Any:
         if "=" not in argument:
             raise UserError(f"argument {argument!r} is neither a preset (*.yaml) nor key=value; --help lists the keys")
     try:
+        return layered(config_class, [*map(read_preset, presets), dotted(settings)])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def layered(config_class: type, layers: list[dict[str, Any]]) -> Any:
+    """Defaults under nested mappings, each over the one before, as a checked object; ValueError for what cannot be."""
+    try:
         merged = OmegaConf.structured(config_class)
-        for layer in [*map(read_preset, presets), OmegaConf.to_container(OmegaConf.from_dotlist(settings))]:
+        for layer in layers:
             check_keys(config_class, layer, "")
             drop_replaced_choices(merged, layer)
             merged = OmegaConf.merge(merged, layer)
@@ -71,9 +79,19 @@ def parse(config_class: type, arguments: list[str]) -> Any:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{key}{str(error).splitlines()[0]}; --help lists the keys and their types") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        raise ValueError(f"{key}{str(error).splitlines()[0]}; --help lists the keys and their types") from None
+
+
+def dotted(settings: list[str]) -> dict[str, Any]:
+    """key=value of the command line as a layer of settings."""
+    layer = OmegaConf.create()
+    for setting in settings:
+        try:
+            layer.merge_with_dotlist([setting])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            line = " ".join(str(error).split())
+            raise ValueError(f"argument {setting!r} has no YAML after its key ({line}); quote it") from None
+    return OmegaConf.to_container(layer)
 
 
 def read_preset(path: str) -> dict[str, Any]:

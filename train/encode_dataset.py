@@ -310,6 +310,7 @@ def stamp_of(config: StoreRun, tokenizer: ImageTokenizer, class_names: list[str]
         image_channels=tokenizer.config.image_channels,
         class_names=class_names,
         num_codebooks=tokenizer.num_codebooks,
+        fast=config.fast,
     )
 
 

@@ -54,9 +54,10 @@ class StoreStamp(PretrainedConfig):
     image_channels: int  # 3 RGB or 1 grey
     class_names: list[str] | None  # of labels 0, 1, ...
     num_codebooks: int = field(default=1, kw_only=True)  # q, tokens at each place of a grid
+    fast: bool = field(default=False, kw_only=True)  # encoded in the fast mode, where a few tokens are others
 
-    format_version: ClassVar[int] = 2
-    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1)}
+    format_version: ClassVar[int] = 3
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1), "fast": (3, False)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

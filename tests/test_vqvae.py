@@ -191,6 +191,7 @@ def of_an_older_version(settings: dict[str, Any]) -> None:
 
 
 def test_a_folder_of_a_version_that_knew_fewer_settings_goes_on(undisturbed, picture_folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="train")
     older = rewrite_settings(Path(shutil.copytree(undisturbed, tmp_path / "run")), of_an_older_version)
     main(parse(TokenizerRun, [*TINY, f"data={picture_folder}", f"output_dir={older}"]))
     assert "holds the finished run" in caplog.text
@@ -215,6 +216,7 @@ def test_a_folder_with_a_setting_in_a_group_that_this_version_lacks_is_refused(u
 
 
 def test_the_way_out_of_too_many_unreadable_images_is_open(undisturbed, picture_folder, caplog):
+    caplog.set_level("INFO", logger="train")
     main(
         parse(
             TokenizerRun,

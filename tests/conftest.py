@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # 0 in the processes that talk to a server of ours
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -60,6 +61,42 @@ def picture_folder(tmp_path_factory) -> str:
     for index in range(16):
         picture(index, width=24 + index % 3, height=20 + index % 4).save(folder / f"{index:02d}.png")
     return str(folder)
+
+
+def fill(folder: Path, num_images: int, first: int = 0) -> None:
+    """So many PNG files of different sizes, numbered from `first` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + num_images):
+        picture(number, 12 + number % 5, 13).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def two_classes(tmp_path_factory) -> Path:
+    """Two classes, 14 training and 5 validation images."""
+    folder = tmp_path_factory.mktemp("two_classes")
+    for split, num_images in (("train", 7), ("validation", 2)):
+        fill(folder / split / "cat", num_images)
+        fill(folder / split / "dog", num_images + (split == "validation"), first=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> str:
+    """The folder of a tokenizer, which halves the side."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    torch.manual_seed(0)
+    ImageTokenizer(tiny_config()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A cache of `datasets` for one file of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))  # of the processes that tests start
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s for each epoch
+        yield
 
 
 @pytest.fixture

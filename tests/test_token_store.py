@@ -30,14 +30,8 @@ from train.token_store import (
     token_type,
 )
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 STAMP = StoreStamp("f" * 64, "org/tokenizer", 1000, [[2, 3]], 6, 8, 3, ["cat", "dog"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
 
 
 def grids(num_rows: int, stamp: StoreStamp = STAMP, seed: int = 0) -> np.ndarray:

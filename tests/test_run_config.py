@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import UserError, differences, help_text, parse, settings_of, to_yaml
+from train.config import UserError, differences, help_text, parse, public_yaml, settings_of, to_yaml, without_folders
 from train.settings import PriorRun, StoreRun, TokenizerRun, VAERun
 
 PRESETS = sorted((Path(__file__).parents[1] / "train" / "presets").glob("*/*.yaml"))
@@ -68,6 +68,13 @@ def test_run_yaml_gives_the_same_settings_again(tmp_path):
     config = parse(TokenizerRun, ["steps=30", "data_options.flip=false", "model.resize=64", "loss.reconstruction=l1"])
     assert parse(TokenizerRun, [preset(tmp_path, to_yaml(config))]) == config
     assert yaml.safe_load(to_yaml(config)) == asdict(config)
+
+
+def test_settings_for_others_hold_the_last_name_alone_of_what_lies_outside_the_current_folder():
+    given = ["data=/home/me/cats", "output_dir=runs/cats", "model.resize=64"]
+    public = yaml.safe_load(public_yaml(parse(TokenizerRun, given)))
+    assert public == asdict(parse(TokenizerRun, ["data=cats", *given[1:]]))
+    assert without_folders({"a": ["~/b/c", "../d", "e/f", 1]}) == {"a": ["c", "d", "e/f", 1]}
 
 
 def test_help_prints_every_key_with_its_default_and_its_comment():

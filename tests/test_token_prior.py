@@ -105,6 +105,13 @@ def test_a_run_leaves_the_promised_folder(undisturbed, made):
         assert sheet.size == (2 * 128, 4 * 128)  # a column a class; three rows of the prior, one of the unigram code
 
 
+def test_the_card_names_no_folder_that_the_run_lay_in_or_read(undisturbed, made):
+    card = (undisturbed / "README.md").read_text()
+    assert "\ntokens: tokens\n" in card
+    assert "\ntokenizer: tokenizer\n" in card
+    assert not any(str(place) in card for place in (undisturbed.parent, made, Path.home()))
+
+
 def test_the_figures_are_those_of_the_exported_prior(undisturbed, made):
     prior = AutoregressivePrior.from_pretrained(undisturbed)
     rows = TokenStore.open(made / "tokens").rows("validation")[:]

@@ -63,6 +63,12 @@ def test_a_run_leaves_the_promised_folder(undisturbed):
     assert f"{evaluated[-1]['psnr']:.6g}" in (undisturbed / "README.md").read_text()
 
 
+def test_the_card_names_no_folder_that_the_run_lay_in_or_read(undisturbed, picture_folder):
+    card = (undisturbed / "README.md").read_text()
+    assert all(f"\n{said}\n" in card for said in (f"data: {Path(picture_folder).name}", "output_dir: run"))
+    assert not any(str(place) in card for place in (undisturbed.parent, Path(picture_folder).parent, Path.home()))
+
+
 def test_old_checkpoints_are_pruned(undisturbed):
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["step_10", "step_9"]
 

@@ -195,3 +195,18 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
 def to_yaml(config: Any) -> str:
     """Every setting as YAML, in the order of the dataclass."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def public_yaml(config: Any) -> str:
+    """The settings for others to read: of an absolute path, or one above the current folder, the last name alone."""
+    return yaml.safe_dump(without_folders(asdict(config)), sort_keys=False)
+
+
+def without_folders(value: Any) -> Any:
+    """A nested value whose paths outside the current folder have lost what they lie in."""
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    outside = isinstance(value, str) and value.startswith(("/", "~", ".."))
+    return Path(value).name if outside else value

@@ -22,7 +22,7 @@ from tokenizer.image_model import ImageModel
 from tokenizer.metrics import bits_per_pixel, psnr
 
 from .checkpoint import RunFolder
-from .config import RunError, to_yaml
+from .config import RunError, public_yaml
 from .counting import TokenCounts, num_counted, told_usage
 from .data import Batch, evaluation_batches, training_batches
 from .losses import ReconstructionLoss
@@ -235,6 +235,6 @@ def model_card(examiner: type[Examiner], config: AutoencoderRun, folder: RunFold
         data_license=config.card.data_license,
         metrics=metrics,
         evaluation=f"After {step} steps. {examiner.measured_on(config, metrics)}",
-        settings=to_yaml(config),
+        settings=public_yaml(config),
         sample=folder.sample(step),
     )

@@ -26,7 +26,7 @@ from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
 from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
-from train.config import UserError, differences, launch, to_yaml
+from train.config import UserError, differences, launch, public_yaml, to_yaml
 from train.data import dealt_batches
 from train.encode_dataset import encode_dataset, open_tokenizer, repo_id_of
 from train.likelihood import Grids, Judge, UnigramCode, as_they_are
@@ -249,7 +249,7 @@ def model_card(config: PriorRun, folder: RunFolder) -> ModelCard:
             f"`bits_per_dimension`: the same per pixel and channel. Beside it the uniform code, the unigram code of "
             f"the training tokens, and the entropy of the validation tokens, which no unigram code can go below."
         ),
-        settings=to_yaml(config),
+        settings=public_yaml(config),
         sample=folder.sample(step),
     )
 

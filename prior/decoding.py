@@ -54,15 +54,15 @@ class DecoderBlock:
         queries, keys = self.rotated(parts[:, :2], position).unbind(dim=1)  # (B, H, d)
         cache.append(keys[:, :, None], parts[:, 2, :, None])
         attended = cache.attend(queries.flatten(0, 1)[:, None]).view_as(hidden)
-        hidden = hidden + attended @ self.project_attention
+        hidden = hidden + attended.type_as(hidden) @ self.project_attention
         gate, value = (normalised(hidden) @ self.expand_feed_forward).chunk(2, dim=1)
         return hidden + (F.silu(gate) * value) @ self.project_feed_forward
 
     def rotated(self, parts: Tensor, position: int) -> Tensor:
-        """Queries and keys (B, 2, H, d), normalised and turned: `rotate` with both norms' weights in its angles."""
+        """Queries and keys (B, 2, H, d) as float32, normalised and turned: `rotate` with both norms' weights in it."""
         unit = unit_rms(parts.float())
         swapped = unit.roll(unit.shape[3] // 2, 3)  # of a pair, each component where the other was
-        return torch.addcmul(unit * self.straight[position], swapped, self.crossed[position]).type_as(parts)
+        return torch.addcmul(unit * self.straight[position], swapped, self.crossed[position])
 
 
 def normalised(hidden: Tensor) -> Tensor:

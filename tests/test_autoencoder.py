@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 from diffusers_models import vq_model
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer import ImageTokenizer, TokenizerConfig
-from tokenizer.autoencoder import PLAIN_POSITIONS, ConvolutionalAutoencoder, ResidualBlock, Upsample, attend
+from tokenizer.autoencoder import (
+    PLAIN_POSITIONS,
+    AttentionBlock,
+    ConvolutionalAutoencoder,
+    ResidualBlock,
+    Upsample,
+    attend,
+)
 
 TAMING_F16 = {
     "name": "convolutional",
@@ -74,20 +82,38 @@ def test_without_gradients_a_block_gives_the_same_and_leaves_its_input_as_it_was
     assert torch.equal(features, before)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("positions", [1, 6, PLAIN_POSITIONS + 1])
-def test_attention_in_bfloat16_and_its_gradients_are_those_in_float64_up_to_rounding(positions):
+def test_attention_and_its_gradients_are_those_in_float64_up_to_rounding(positions, dtype, tolerance):
     torch.manual_seed(0)
-    given = [torch.randn(2, positions, 8, dtype=torch.bfloat16) for _ in range(3)]
-    exact = [each.double().requires_grad_() for each in given]
+    rounded = [torch.randn(2, 8, positions, dtype=dtype).mT.requires_grad_() for _ in range(3)]
+    exact = [each.detach().double().requires_grad_() for each in rounded]
     query, key, value = exact
-    expected = (query @ key.mT / 8**0.5).softmax(dim=2) @ value
-    rounded = [each.requires_grad_() for each in given]
-    found = attend(*rounded)
-    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    expected, found = (query @ key.mT / 8**0.5).softmax(dim=2) @ value, attend(*rounded)
     towards = torch.randn_like(found)
     gradients = torch.autograd.grad(found, rounded, towards), torch.autograd.grad(expected, exact, towards.double())
-    for mine, reference in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine.double(), reference, rtol=0.05, atol=0.05)
+    for mine, reference in [(found, expected), *zip(*gradients, strict=True)]:
+        torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
+
+
+class LargestResult(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        self.numbers = max([self.numbers, *(each.numel() for each in made if isinstance(each, Tensor))])
+        return result
+
+
+def test_attention_over_many_places_never_holds_their_pairs():
+    block, side = AttentionBlock(8, norm_groups=4), math.isqrt(PLAIN_POSITIONS) + 8
+    features = torch.randn(1, 8, side, side)
+    with torch.no_grad(), LargestResult() as largest:
+        block(features)
+    assert features.numel() <= largest.numbers < side**4 / 16
 
 
 def norms_of(norm_groups: int) -> list[nn.GroupNorm]:

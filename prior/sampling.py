@@ -61,7 +61,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """
     if logits.device.type == "mps":  # which has no float64
         return draw(logits.cpu(), uniforms).to(logits.device)
-    cumulative = logits.float().softmax(dim=1).double().cumsum(dim=1)
+    cumulative = logits.float().softmax(dim=1).double().cumsum_(dim=1)  # in place: new memory takes longer
     targets = uniforms.to(cumulative) * cumulative[:, -1]
     return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
 

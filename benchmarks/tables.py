@@ -386,6 +386,7 @@ ROWS = {
     "speed_search": search_rows,
     "speed_start": start_rows,
     "speed_training": training_rows,
+    "speed_training_kept_memory": training_rows,
 }
 
 if __name__ == "__main__":

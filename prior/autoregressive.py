@@ -8,6 +8,7 @@ Tokens are (B, h, w); (B, h, w, q) with several codebooks; (B, T) where the grid
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -104,8 +105,8 @@ class AutoregressivePrior(PretrainedModel):
         num_samples = number_of_samples(labels, num_samples, prefix)
         classes, prefix = self.classes(labels, num_samples), self.prefixes(prefix, num_samples)
         scales = self.guidance(guidance_scale)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1; it bounds memory, not the number of grids")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be at least 1; it bounds memory, not the number of grids")
         # Drawn at once, one number per token: see sampling.draw.
         device = "cpu" if generator is None else generator.device
         shape = (num_samples, self.config.num_tokens)
@@ -154,9 +155,12 @@ class AutoregressivePrior(PretrainedModel):
                 logits = guide(*logits.chunk(2), scales[position])
             tokens[:, position] = choose(logits, uniforms[:, position])
             if position + 1 < self.config.num_tokens:
-                embedded = self.token_embedding(tokens[:, position].repeat(copies))
+                known = tokens[:, position].clamp(max=self.config.vocab_size - 1)  # see below
+                embedded = self.token_embedding(known.repeat(copies))
                 newest = embedded + self.place_embedding.weight[position + 1]
             bar.update(batch)
+        if (tokens == self.config.vocab_size).any():  # what is drawn where probabilities are not numbers
+            raise ValueError("the prior's logits are not finite: its weights are damaged, or their type is too narrow")
         return tokens
 
     def embed(self, classes: Tensor, tokens: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class AutoregressivePrior(PretrainedModel):
             return torch.full((num_samples,), self.null_class, device=self.device)
         if labels is None:
             raise ValueError(f"labels=None; this prior has {num_classes} classes, give one label per grid")
-        labels = whole_numbers("labels", labels, num_classes)
+        labels = whole_numbers("labels", labels, num_classes, self.trusting)
         if labels.shape != (num_samples,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}; the rule is one per grid, ({num_samples},)")
         return labels.to(self.device)
@@ -219,7 +223,7 @@ class AutoregressivePrior(PretrainedModel):
     def sequences(self, tokens: Tensor) -> Tensor:
         """Whole pictures as (B, T) int64 on the model's device; ValueError if wrong."""
         expected, num_tokens = self.config.token_shape, self.config.num_tokens
-        tokens = torch.as_tensor(tokens)
+        tokens = tensor_of("tokens", tokens)
         shape = tuple(tokens.shape)
         if shape[1:] not in (expected, (num_tokens,)) or not shape[0]:
             rules = dict.fromkeys((f"(B, {', '.join(map(str, expected))})", f"(B, {num_tokens})"))
@@ -227,18 +231,24 @@ class AutoregressivePrior(PretrainedModel):
                 f"tokens of shape {shape}; the rule is {' or '.join(rules)}, the grids that the prior was made for, "
                 f"with B at least 1; use the tokenizer that it was trained with, at its image_size"
             )
-        return whole_numbers("tokens", tokens, self.config.vocab_size).flatten(1).to(self.device)
+        return whole_numbers("tokens", tokens, self.config.vocab_size, self.trusting).flatten(1).to(self.device)
+
+    @property
+    def trusting(self) -> bool:
+        """Whether values are taken as they come: in training on an accelerator, which waits for each look at them."""
+        return self.training and self.device.type != "cpu"
 
     def prefixes(self, prefix: Tensor | None, num_samples: int) -> Tensor:
         """The first tokens of each picture as (B, n) int64 on the model's device; ValueError if wrong."""
         row, num_tokens = self.config.token_shape[1:], self.config.num_tokens  # of a row; () where grids differ in size
         if prefix is None:
             return torch.empty(num_samples, 0, dtype=torch.int64, device=self.device)
+        prefix = whole_numbers("prefix tokens", prefix, self.config.vocab_size)
         shape = tuple(prefix.shape)
         if len(shape) != 2 and (not row or shape[2:] != row):
             rows = f" or first rows (B, n, {', '.join(map(str, row))})" if row else ""
             raise ValueError(f"prefix of shape {shape}; the rule is first tokens (B, n){rows}")
-        prefix = whole_numbers("prefix tokens", prefix, self.config.vocab_size).flatten(1)
+        prefix = prefix.flatten(1)
         if prefix.shape[1] > num_tokens:
             sizes = " x ".join(map(str, self.config.token_shape))
             raise ValueError(
@@ -272,13 +282,24 @@ class AutoregressivePrior(PretrainedModel):
         return filled.replace("LABELS", told)
 
 
-def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tensor:
-    """The values as int64; ValueError where they are not integers in [0, limit), which compiled code does not check."""
-    values = torch.as_tensor(values)
+def tensor_of(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """The values as a tensor; ValueError for what can be none."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={values!r}; the rule is integers, in a tensor or a list") from None
+
+
+def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int, trusted: bool = False) -> Tensor:
+    """The values as int64; ValueError where they are not integers in [0, limit).
+
+    Compiled code does not check that they lie there, nor is it checked where they are `trusted`.
+    """
+    values = tensor_of(name, values)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} of {values.dtype}; the rule is integers in [0, {limit})")
     values = values.long()
-    if values.numel() and not torch.compiler.is_compiling():
+    if values.numel() and not trusted and not torch.compiler.is_compiling():
         low, high = (value.item() for value in values.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(
@@ -290,9 +311,9 @@ def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int) -> Tens
 def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | None, prefix: Tensor | None) -> int:
     """How many grids the arguments of `generate` ask for, by default 1; ValueError where they disagree."""
     counts = {
-        "labels": None if labels is None else torch.as_tensor(labels).numel(),
+        "labels": None if labels is None else tensor_of("labels", labels).numel(),
         "num_samples": num_samples,
-        "prefix": None if prefix is None else len(prefix),
+        "prefix": None if prefix is None else len(tensor_of("prefix", prefix).flatten(1)),
     }
     counts = {name: count for name, count in counts.items() if count is not None}
     asked = ", ".join(f"{count} by {name}" for name, count in counts.items())
@@ -301,8 +322,8 @@ def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | 
             f"different numbers of grids are asked for: {asked}; give the same number, or only one of them"
         )
     num_samples = next(iter(counts.values()), 1)
-    if num_samples < 1:
-        raise ValueError(f"{asked}: at least one grid must be asked for")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
+        raise ValueError(f"{asked}: at least one grid must be asked for, by a whole number")
     return num_samples
 
 

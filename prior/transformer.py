@@ -33,7 +33,8 @@ class KVCache:
         """Add n positions, keys and values (B, heads, n, d)."""
         start, self.length = self.length, self.length + keys.shape[2]
         if start == 0:
-            dtype = torch.promote_types(keys.dtype, torch.float32) if keys.device.type == "cpu" else keys.dtype
+            least = torch.float32 if keys.device.type == "cpu" else values.dtype
+            dtype = torch.promote_types(values.dtype, least)
             self.keys = self.values = keys.new_empty(keys.shape[0] * keys.shape[1], 0, keys.shape[3], dtype=dtype)
         missing = self.length - self.keys.shape[1]
         if missing > 0:

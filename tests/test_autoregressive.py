@@ -4,6 +4,8 @@ Small enough to list all 81 grids of 2 x 2 tokens out of 3, so that every claim 
 """
 
 import json
+import math
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 
@@ -461,6 +463,11 @@ def test_tokens_and_labels_that_the_config_does_not_describe_are_refused(prior, 
         ({"labels": [0], "prefix": torch.zeros(1, 1, 3, dtype=torch.int64)}, r"or first rows \(B, n, 2\)"),
         ({"labels": [0], "prefix": torch.full((1, 1), 3)}, "prefix tokens run from 3 to 3"),
         ({"labels": [0], "batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"labels": [0], "batch_size": 1.5}, "batch_size=1.5 must be at least 1"),
+        ({"num_samples": 2.0}, "2.0 by num_samples: at least one grid must be asked for, by a whole number"),
+        ({"num_samples": "2"}, "2 by num_samples: at least one grid"),
+        ({"labels": "cat"}, "labels='cat'; the rule is integers"),
+        ({"labels": [0], "prefix": [["a"]]}, r"prefix=\[\['a'\]\]; the rule is integers"),
         ({"labels": [0], "temperature": 0}, "temperature=0 must be"),
         ({"labels": [0], "top_k": 0}, "top_k=0 must be"),
         ({"labels": [0], "top_p": 2.0}, "top_p=2.0 must lie"),
@@ -470,6 +477,18 @@ def test_tokens_and_labels_that_the_config_does_not_describe_are_refused(prior, 
 def test_generate_refuses_what_the_model_cannot_follow(prior, arguments, message):
     with pytest.raises(ValueError, match=message):
         prior.generate(**arguments)
+
+
+def test_a_prefix_may_be_a_list(prior):
+    drawn = [prior.generate([0], prefix=given, generator=seeded()) for given in ([[1, 2]], torch.tensor([[1, 2]]))]
+    assert torch.equal(*drawn)
+
+
+def test_weights_that_are_not_numbers_are_told_and_give_no_tokens(prior):
+    damaged = deepcopy(prior)
+    torch.nn.init.constant_(damaged.head.weight, math.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        damaged.generate([0])
 
 
 def test_labels_and_guidance_are_refused_by_an_unconditional_prior():

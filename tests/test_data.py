@@ -330,6 +330,22 @@ def test_too_many_unreadable_images_stop_the_run(picture_folder):
         counter.add(4, [("b.png", "truncated")])
 
 
+def test_a_resumed_stream_counts_its_images_from_where_it_was(picture_folder):
+    config = settings(picture_folder, streaming=True)
+    source, known = open_sources(config)[0], {f"{number}.png" for number in range(17)}
+    CorruptCounter(config, source, known, images_seen=2000).add(4, [("18.png", "truncated")])
+    with pytest.raises(RunError, match="18 of 1000 images"):
+        CorruptCounter(config, source, known).add(4, [("18.png", "truncated")])
+
+
+def test_rows_without_a_path_are_counted_by_their_numbers(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [png(flat(1))] + [None, b"gone"] * 2)
+    config = settings(tmp_path / "train.parquet", data_options=DataSettings(max_corrupt_fraction=1.0))
+    names = set().union(*(corrupt for _, corrupt in take(config, 4)))
+    assert len(names) == 3  # of four, one is held out
+    assert all(name.startswith("row ") for name in names)
+
+
 @both_ways
 def test_nothing_but_unreadable_images_is_refused(tmp_path, streaming):
     fill(tmp_path / "validation", flat(0))

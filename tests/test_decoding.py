@@ -31,6 +31,18 @@ def test_a_decoder_continues_a_pass_as_a_whole_pass_would(transformer, first):
     torch.testing.assert_close(torch.stack(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
+@pytest.mark.parametrize("first", [0, 2])
+def test_in_bfloat16_the_cache_is_so_too_but_on_a_cpu(transformer, device, dtype, first):
+    half, head = transformer.to(device, torch.bfloat16), nn.Linear(16, 7, bias=False).to(device, torch.bfloat16)
+    hidden, places = torch.randn(2, 3, 16, device=device, dtype=torch.bfloat16), PLACES.to(device)
+    caches, decoder = [KVCache() for _ in half.blocks], Decoder(half, head, places)
+    if first:
+        half(hidden[:, :first], places[:first], caches)
+    decoder.logits(hidden[:, first], first, caches)
+    assert {cache.keys.dtype for cache in caches} == {cache.values.dtype for cache in caches} == {dtype}
+
+
 def test_a_query_sees_what_the_cache_holds_and_nothing_of_what_is_reserved():
     torch.manual_seed(0)
     cache, keys, values = KVCache(), *torch.randn(2, 2, 3, CACHE_GROWTH + 2, 4)

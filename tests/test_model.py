@@ -103,6 +103,12 @@ def test_a_size_without_a_grid_is_refused(tokenizer, image_size):
         tokenizer.grid_size(image_size)
 
 
+@pytest.mark.parametrize("image_size", [16.0, (16.0, 16), "16", (16, 16, 16), None])
+def test_a_size_that_is_no_number_of_pixels_is_refused(tokenizer, image_size):
+    with pytest.raises(ValueError, match=r"image_size=.* must be a whole number of pixels, or the two of \(H, W\)"):
+        tokenizer.grid_size(image_size)
+
+
 def test_tokens_are_row_major():
     near_sighted = {"patch_size": 2, "channel_multipliers": [1], "norm_groups": 0}
     model = placed(tiny_config(autoencoder=TINY_AUTOENCODER | near_sighted), images_of(0))

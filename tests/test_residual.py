@@ -239,8 +239,8 @@ def test_codes_are_numbered_by_the_codebook_that_they_belong_to():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ResidualQuantizer(DIM, depth=0), r"depth=0 must lie in 1..16"),
-        (lambda: ResidualQuantizer(DIM, depth=17), r"depth=17 must lie in 1..16"),
+        (lambda: ResidualQuantizer(DIM, depth=1), r"depth=1 must lie in 2..16; one stage is its part by itself"),
+        (lambda: ResidualQuantizer(DIM, depth=17), r"depth=17 must lie in 2..16"),
         (lambda: ResidualQuantizer(DIM, refinement=0.5), "refinement=0.5 must be at least 1, or null"),
         (lambda: ResidualQuantizer(DIM, quantizer_dropout=1.5), r"quantizer_dropout=1.5 must lie in \[0, 1\]"),
         (
@@ -250,6 +250,7 @@ def test_codes_are_numbered_by_the_codebook_that_they_belong_to():
         (lambda: ResidualQuantizer(DIM, {"name": "vvq"}), "each.name='vvq' must be one of .*ema_vq"),
         (lambda: ResidualQuantizer(DIM, {"codebook_size": 1}), "codebook_size=1 must be at least 2"),
         (lambda: GroupedQuantizer(DIM, groups=3), "groups=3 must divide codebook_dim=4"),
+        (lambda: GroupedQuantizer(DIM, groups=1), "groups=1 is its part by itself"),
         (lambda: GroupedQuantizer(DIM, {"name": "grouped"}), "each.name='grouped' is built of .* ema_vq.*residual"),
     ],
 )

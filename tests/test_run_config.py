@@ -74,7 +74,8 @@ def test_settings_for_others_hold_the_last_name_alone_of_what_lies_outside_the_c
     given = ["data=/home/me/cats", "output_dir=runs/cats", "model.resize=64"]
     public = yaml.safe_load(public_yaml(parse(TokenizerRun, given)))
     assert public == asdict(parse(TokenizerRun, ["data=cats", *given[1:]]))
-    assert without_folders({"a": ["~/b/c", "../d", "e/f", 1]}) == {"a": ["c", "d", "e/f", 1]}
+    given = {"a": ["~/b/c", "../d", "e/f", 1, "./../g/h", "e/../../i/", ""]}
+    assert without_folders(given) == {"a": ["c", "d", "e/f", 1, "h", "i", ""]}
 
 
 def test_help_prints_every_key_with_its_default_and_its_comment():
@@ -97,6 +98,7 @@ def test_every_setting_says_what_it_is(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["free_settings=[steps]"], "unknown key 'free_settings' in the settings"),
         (["learningrate=1"], "unknown key 'learningrate' in the settings; did you mean 'learning_rate'?"),
         (["optimizer.beta3=1"], "did you mean 'optimizer.beta2'?"),
         (["optimizer=adam"], "optimizer='adam' must be given as optimizer.KEY=..."),
@@ -107,7 +109,7 @@ def test_every_setting_says_what_it_is(run):
         (["steps=2.5"], "steps: Value '2.5' of type 'float' could not be converted to Integer"),
         (["mixed_precision=fp8"], "expected one of"),
         (["average.decay=1"], "average.decay=1.0 must lie in [0, 1)"),
-        (["learning_rate=0"], "learning_rate=0.0 must be above 0"),
+        (["learning_rate=0"], "learning_rate=0.0 must be finite and above 0"),
         (["batch_size=0"], "batch_size=0 must be >= 1"),
         (["model.quantizer.decai=1"], "unknown key 'decai' in quantizer 'ema_vq'; did you mean 'decay'?"),
         (["model.quantizer.name=residual", "model.quantizer.each.decai=1"], "in quantizer.each 'ema_vq'; did you mean"),

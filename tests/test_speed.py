@@ -1,7 +1,9 @@
 """The measurements of speed end to end, at tiny sizes, their tables, and the stopwatch."""
 
+import ctypes
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ import datasets
 import pytest
 import torch
 from conftest import tiny_config
+from processes import run
 
 from tokenizer import ImageTokenizer
 from train.config import UserError, parse
@@ -154,6 +157,25 @@ def test_starts_are_summed_up_beyond_torch_round_by_round_and_put_into_the_table
     assert each["diffusers"]["ours_is_faster"] == {"median": 4.0, "low": 2.0, "high": 6.0}
     rows = speed_tables.start_rows({"parameters": 70_000_000, "each": each})
     assert [row["ours is faster"] for row in rows] == ["-", "4x (2 to 6)"]
+
+
+FREED = """
+import torch, stopwatch
+KEPT
+torch.zeros(10).add_(1)
+before = stopwatch.resident("VmRSS")
+torch.zeros(10**7).add_(1)
+print(stopwatch.resident("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc alone")
+@pytest.mark.parametrize(("kept", "low", "high"), [("stopwatch.keep_freed_memory()", 36e6, 80e6), ("", 0, 4e6)])
+def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept, low, high):
+    folders = os.pathsep.join([str(Path(stopwatch.__file__).parent), *sys.path])
+    done = run([sys.executable, "-c", FREED.replace("KEPT", kept)], PYTHONPATH=folders)
+    assert done.returncode == 0, done.stderr
+    assert low <= int(done.stdout) < high
 
 
 def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_path, monkeypatch, fresh_accelerator):

@@ -87,7 +87,7 @@ def test_samples_are_decoded_draws_of_the_prior_of_any_size(vae):
     assert vae.sample(1, 6).shape == (1, 3, 6, 6)
     with pytest.raises(ValueError, match="image_size=7 must be a positive multiple of downsample_factor=2"):
         vae.sample(1, image_size=7)
-    with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_samples=0 must be a whole number, at least 1"):
         vae.sample(0, image_size=8)
 
 

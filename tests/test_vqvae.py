@@ -145,6 +145,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_fold
         (["model.quantizer.name=nothing"], "quantizer.name='nothing' must be one of"),
         (["model.resize=8"], "image_size=16 is larger than model.resize=8"),
         (["push_to_hub=a/b"], "card.license=..."),
+        (["optimizer.accumulation_steps=0"], "optimizer.accumulation_steps=0 must be at least 1"),
+        (["optimizer.beta1=1.5"], "optimizer.beta1=1.5 must lie in [0, 1)"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 must be finite and >= 0"),
+        (["optimizer.max_grad_norm=-1"], "optimizer.max_grad_norm=-1.0 must be above 0"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["speed.threads=0"], "speed.threads=0 must be at least 1, or null"),
+        (["learning_rate=.inf"], "learning_rate=inf must be finite and above 0"),
+        (["data_options.eval_images=-1"], "data_options.eval_images=-1 must be at least 1"),
+        (["data_options.max_corrupt_fraction=-1"], "data_options.max_corrupt_fraction=-1.0 must lie in [0, 1]"),
+        (["data=photographs", "split=test"], "has the splits train and validation alone"),
+        (["output_dir=/proc/run"], "output_dir=/proc/run cannot be made (No such file or directory)"),
         (["push_to_hub=a/b", "card.license=mit", "card.data_license=mit"], "must come with card.data=..."),
     ],
 )
@@ -210,6 +221,13 @@ def test_what_a_key_of_the_model_stood_for_before_it_was_there_counts_and_not_it
     with pytest.raises(UserError, match=r"model.quantizer.refinement=.* \(there 1.0\)"):
         RunFolder(parse(TokenizerRun, [*residual, "model.quantizer.refinement=0.25"])).check()
     RunFolder(parse(TokenizerRun, [*residual, "model.quantizer.refinement=1.0"])).check()
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "tokenizer: runs/vqvae\nviews: center\nsteps: 10\n"])
+def test_a_folder_of_another_program_is_refused(picture_folder, tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError, match="holds what another program made; choose another output_dir="):
+        main(parse(TokenizerRun, [*TINY, f"data={picture_folder}", f"output_dir={tmp_path}"]))
 
 
 def test_a_folder_with_a_setting_in_a_group_that_this_version_lacks_is_refused(undisturbed, picture_folder, tmp_path):

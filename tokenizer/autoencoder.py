@@ -46,7 +46,7 @@ class ClassShift(nn.Module):
         nn.init.zeros_(self.table.weight)  # it starts as the network without classes
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return features + self.table(labels)[:, :, None, None]
+        return features + self.table(labels).to(features.dtype)[:, :, None, None]
 
 
 class ConditionalSequential(nn.Sequential):
@@ -75,8 +75,10 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.conv1(activated(self.norm1, features).to(self.conv1.weight.dtype))
-        hidden = activated(self.norm2, hidden)
+        hidden = activated(self.norm1, features)
+        if not torch.is_autocast_enabled(features.device.type):  # which chooses the type by itself
+            hidden = hidden.to(self.conv1.weight.dtype)
+        hidden = activated(self.norm2, self.conv1(hidden))
         hidden = self.conv2(self.dropout(hidden))
         return hidden.to(features.dtype).add_(self.shortcut(features))
 

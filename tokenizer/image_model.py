@@ -48,7 +48,8 @@ class ImageModel(PretrainedModel):
 
     def classes(self, labels: Labels | None, num_images: int) -> Tensor | None:
         """Labels (B,) int64 on the model's device, None where it is unconditional; ValueError for any others."""
-        checked = checked_labels(labels, self.config.num_classes, num_images)
+        trusted = self.training and self.device.type != "cpu"  # an accelerator waits for each look at a value
+        checked = checked_labels(labels, self.config.num_classes, num_images, trusted)
         return None if checked is None else checked.to(self.device)
 
     def encode_latents(self, images: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
@@ -104,8 +105,10 @@ class ImageModel(PretrainedModel):
 
     def grid_size(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the grid for an image of (H, W) pixels, or of a square one; ValueError where it does not divide."""
-        height, width = (image_size, image_size) if isinstance(image_size, Integral) else image_size
-        factor = self.downsample_factor
+        pair = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if len(pair) != 2 or not all(isinstance(side, Integral) for side in pair):
+            raise ValueError(f"image_size={image_size!r} must be a whole number of pixels, or the two of (H, W)")
+        (height, width), factor = pair, self.downsample_factor
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(
                 f"image_size={image_size} must be a positive multiple of downsample_factor={factor}; the nearest "

@@ -4,6 +4,7 @@ Shapes: B batch, C image channels, H W image sides in pixels, D latent_dim, h w 
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -166,8 +167,8 @@ class ImageVAE(ImageModel):
         They are means of p(x|z), without its noise. `generator`, of the CPU, makes them repeatable. A conditional model
         needs `labels` (num_samples,). Raises ValueError for a size that the factor does not divide.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1")
+        if not isinstance(num_samples, Integral) or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples!r} must be a whole number, at least 1")
         grid_size = self.grid_size(image_size)
         with self.evaluating():
             return self.decode(self.posterior.draw(num_samples, grid_size, noise_of(generator)), labels)

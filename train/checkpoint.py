@@ -23,6 +23,7 @@ from .config import RunError, UserError, differences, layered, to_yaml
 from .settings import PublishedOutput, TrainingRun
 
 SETTINGS_NAME = "run.yaml"
+TELLING_SETTINGS = ("model", "views", "tokens")  # by which the settings of one program differ from those of another
 
 
 class OutputFolder:
@@ -31,7 +32,7 @@ class OutputFolder:
     last_file: ClassVar[str]  # its presence says that the program has come to its end
 
     def __init__(self, config: PublishedOutput):
-        self.config, self.path = config, Path(config.output_dir)
+        self.config, self.path = config, Path(config.output_dir).expanduser()
 
     def check(self) -> None:
         """Raise UserError where the folder holds something made with other settings, or things that are not ours."""
@@ -50,7 +51,12 @@ class OutputFolder:
     def recorded(self) -> PublishedOutput:
         """The settings in the folder; one that its version did not know yet has the value that it stood for."""
         known = {part.name for part in fields(self.config)}
-        theirs = yaml.safe_load((self.path / SETTINGS_NAME).read_text())
+        try:
+            theirs = yaml.safe_load((self.path / SETTINGS_NAME).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            theirs = " ".join(str(error).split())
+        if not isinstance(theirs, dict) or any((key in theirs) != (key in known) for key in TELLING_SETTINGS):
+            raise UserError(f"output_dir={self.path} holds what another program made; choose another output_dir=...")
         theirs = {key: value for key, value in theirs.items() if key in known}
         model = getattr(self.config, "model", None)
         if isinstance(model, PretrainedConfig):
@@ -68,11 +74,14 @@ class OutputFolder:
         return any(f"{key}.".startswith(f"{free}.") for free in self.config.free_settings)
 
     def claim(self, accelerator: Accelerator) -> None:
-        """Make the folder this run's own."""
+        """Make the folder this run's own; UserError where it cannot be written."""
         if accelerator.is_main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.path / SETTINGS_NAME) as part:
-                part.write_text(to_yaml(self.config))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with written_whole(self.path / SETTINGS_NAME) as part:
+                    part.write_text(to_yaml(self.config))
+            except OSError as error:
+                raise UserError(f"output_dir={self.path} cannot be made ({error.strerror}); choose another") from None
         accelerator.wait_for_everyone()
 
     @property
@@ -92,11 +101,12 @@ class RunFolder(OutputFolder):
 
     def claim(self, accelerator: Accelerator) -> None:
         """Make the folder this run's own and sweep out what a killed save has left."""
+        super().claim(accelerator)
         if accelerator.is_main_process:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             for leftover in self.checkpoints.glob(".*"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        super().claim(accelerator)
+        accelerator.wait_for_everyone()
 
     def sample(self, step: int) -> Path:
         """Where the sample pictures of a step are drawn."""

@@ -5,6 +5,7 @@ defaults of a dataclass < preset YAML < key=value on the command line -> one typ
 
 import inspect
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def read_preset(path: str) -> dict[str, Any]:
         layer = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise UserError(f"preset {path} cannot be read ({error.strerror}); presets are in train/presets") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(layer, dict):
         raise UserError(f"preset {path} must hold `key: value` lines")
@@ -112,7 +113,8 @@ def check_keys(config_class: type, layer: dict[str, Any], prefix: str) -> None:
 
     A false where the setting knows the word "no" becomes that word: YAML reads an unquoted no as false.
     """
-    hints = get_type_hints(config_class)
+    known = {part.name for part in fields(config_class)}
+    hints = {name: hint for name, hint in get_type_hints(config_class).items() if name in known}
     for key, value in layer.items():
         if key not in hints:
             raise unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in hints], "the settings")
@@ -208,5 +210,5 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_folders(each) for each in value]
-    outside = isinstance(value, str) and value.startswith(("/", "~", ".."))
-    return Path(value).name if outside else value
+    outside = isinstance(value, str) and os.path.normpath(value).startswith(("/", "~", ".."))
+    return os.path.basename(os.path.normpath(value)) if outside else value

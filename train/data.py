@@ -105,8 +105,8 @@ class MappedCrops(torch.utils.data.Dataset):
                 picture, label = self.picture(candidate)
                 return self.maker.crop(picture, epoch, index), label, corrupt
             except Exception as error:  # a decoder may raise anything on damaged bytes
-                corrupt.append((self.maker.source.name(self.rows[candidate]), str(error)))
-        raise RuntimeError("no image of the data can be read any more")
+                corrupt.append((self.maker.source.name(self.rows[candidate], candidate), str(error)))
+        raise RunError(f"none of the {len(self)} images can be read any more, such as {': '.join(corrupt[-1])}")
 
     def picture(self, index: int) -> tuple[Tensor, int | None]:
         """The prepared picture of a row and its class, decoded once where it can be kept."""

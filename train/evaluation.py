@@ -86,7 +86,9 @@ class Examiner(ABC):
     def pictures_of(config: Any) -> str:
         """What the figures of an evaluation are measured on, for the card."""
         name = config.card.data or public_name(config.data) or "local files"
-        return f"whole validation pictures ({config.eval_split or 'validation'} of `{name}`)"
+        held_out = f"what is held out of {config.split}"
+        split = config.eval_split or f"validation, else test, else {held_out}"
+        return f"whole validation pictures ({held_out if split == config.split else split}, of `{name}`)"
 
     def pictures(self, model: ImageModel) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This rank's share of the validation pictures in batches, uint8 (B, C, H, W), and their labels or None."""

@@ -155,7 +155,8 @@ class Optimization:
         self.optimizer.zero_grad()
         self.num_skipped = 0 if taken else self.num_skipped + 1
         if not taken:
-            log.warning("step %d skipped: %s not finite", step, ", ".join(guilty) or "a value on another rank")
+            guilty = guilty or ["a value on another rank" if broken else "a gradient at the scale of the loss"]
+            log.warning("step %d skipped: %s not finite", step, ", ".join(guilty))
             if self.num_skipped > MAX_SKIPPED_STEPS:
                 raise RunError(self.nonfinite_message(step, guilty))
         return taken
@@ -200,9 +201,11 @@ class Optimization:
         """What to tell when a run cannot go on."""
         saved = self.folder.saved_steps()
         kept = f"the checkpoint of step {saved[-1]} is good" if saved else "there is no checkpoint yet"
+        passing = ", or pass over such steps with optimizer.on_nonfinite=skip"
         return (
             f"step {step}: {', '.join(guilty) or 'a value on another rank'} not finite; {kept}; lower learning_rate or "
-            f"optimizer.max_grad_norm (in another output_dir), or pass over such steps with optimizer.on_nonfinite=skip"
+            f"optimizer.max_grad_norm (in another output_dir)"
+            f"{passing if self.config.optimizer.on_nonfinite == 'stop' else ''}"
         )
 
 

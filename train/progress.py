@@ -85,8 +85,10 @@ class UsageWindow:
         """Count a batch; each time there are enough tokens, the figures are made anew."""
         if self.vocab_size > LARGEST_WITH_USAGE:
             return
-        counts = torch.bincount(tokens.flatten(), minlength=self.vocab_size)
-        self.counts = counts if self.counts is None else self.counts + counts
+        counts, flat = tokens.new_zeros(self.vocab_size), tokens.flatten()
+        if self.counts is not None:
+            counts += self.counts.to(counts.device)  # which a checkpoint has left on the CPU
+        self.counts = counts.index_add_(0, flat, torch.ones_like(flat))
         self.num_tokens += tokens.numel()
         if self.num_tokens >= TOKENS_PER_CODE * self.vocab_size:
             self.figures = {"running_usage": usage(self.counts), "running_perplexity": perplexity(self.counts)}

@@ -4,6 +4,7 @@ Settings that everyone uses are flat, the rest stand in groups. A default that f
 filled in by `__post_init__`, which raises ValueError for values that cannot be.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
@@ -25,6 +26,14 @@ class OptimizerSettings:
     accumulation_steps: int = 1  # batches whose gradients make one step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a NaN or infinite loss or gradient does to the run
 
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)}", "lie in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, f"optimizer.weight_decay={self.weight_decay}", "be finite and >= 0")
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm}", "be above 0; .inf never clips")
+        given = f"optimizer.accumulation_steps={self.accumulation_steps}"
+        require(self.accumulation_steps >= 1, given, "be at least 1")
+
 
 @dataclass
 class AverageSettings:
@@ -38,6 +47,10 @@ class SourceSettings:
     label_column: str | None = None  # default: the only column of classes, where there is one
     max_corrupt_fraction: float = 0.01  # share of unreadable images that stops the run
 
+    def __post_init__(self) -> None:
+        share = self.max_corrupt_fraction
+        require(0 <= share <= 1, f"data_options.max_corrupt_fraction={share}", "lie in [0, 1]")
+
 
 @dataclass
 class DataSettings(SourceSettings):
@@ -45,6 +58,11 @@ class DataSettings(SourceSettings):
     shuffle_colors: float | None = None  # share of crops with shuffled channels; default 0.5 if data=photographs
     shuffle_buffer: int = 1000  # images held to shuffle a stream
     eval_images: int = 256  # at most so many validation images, the first ones
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shuffle_buffer", "eval_images"):
+            require(getattr(self, name) >= 1, f"data_options.{name}={getattr(self, name)}", "be at least 1")
 
 
 @dataclass
@@ -129,6 +147,9 @@ class AdversarialSettings:
 class ThreadSettings:
     threads: int | None = None  # of each rank on CPU; default: the cores shared among the ranks of the machine
 
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, f"speed.threads={self.threads}", "be at least 1, or null")
+
 
 @dataclass
 class SpeedSettings(ThreadSettings):
@@ -189,7 +210,8 @@ class TrainingRun(PublishedOutput):
         super().__post_init__()
         at_least_one(self, "steps", "batch_size", "eval_every", "save_every", "keep_checkpoints")
         require(0 <= self.average.decay < 1, f"average.decay={self.average.decay}", "lie in [0, 1)")
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}", "be above 0")
+        require(0 < self.learning_rate < math.inf, f"learning_rate={self.learning_rate}", "be finite and above 0")
+        require(self.seed >= 0, f"seed={self.seed}", "be at least 0")
         require(
             self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
             f"warmup_steps={self.warmup_steps}",
@@ -207,7 +229,7 @@ class AutoencoderRun(TrainingRun):
 
     data: str = PHOTOGRAPHS  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
     split: str = "train"  # split to train on
-    eval_split: str | None = None  # default: validation, else test, else a seeded 2% of the training split held out
+    eval_split: str | None = None  # default: validation, else test, else as if it were `split`: a seeded 2% held out
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
     image_size: int = 64  # pixels, side of the random training crop; limits nothing afterwards
     num_workers: int = 2  # processes per rank that decode images
@@ -272,7 +294,7 @@ class StoreRun(PublishedOutput):
     tokenizer: str = "runs/vqvae"  # folder or repo id of the tokenizer
     data: str = PHOTOGRAPHS  # embedded ones; or a folder, a file, a pattern, or a Hub id such as uoft-cs/cifar10
     split: str = "train"  # split that becomes `train`
-    eval_split: str | None = None  # becomes `validation`; default: validation, else test, else a seeded 2% held out
+    eval_split: str | None = None  # becomes `validation`; default: validation, else test, else `split`: 2% held out
     streaming: bool = False  # read the data as it comes, never the whole of it on disk; a shard for each of its files
     image_size: int = 64  # pixels, side of the square that is encoded
     views: Literal["center", "flip", "ten_crop", "random_crops"] | None = None  # default center; of photographs crops
@@ -293,6 +315,7 @@ class StoreRun(PublishedOutput):
         super().__post_init__()
         at_least_one(self, "image_size", "num_crops", "batch_size", "rows_per_shard")
         require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
+        require(self.seed >= 0, f"seed={self.seed}", "be at least 0")
         if self.views is None:
             self.views = "random_crops" if self.data == PHOTOGRAPHS else "center"
 

@@ -61,12 +61,15 @@ class ImageSource:
             raise ValueError("it has no class")
         return label
 
-    def name(self, row: dict[str, Any]) -> str:
-        """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row."""
-        value = row[self.image_column] or {"bytes": None, "path": "a row without an image"}
-        if value["bytes"] is None:
-            return value["path"]
-        return f"{value['path'] or 'an image'} (crc32 {zlib.crc32(value['bytes']):08x})"
+    def name(self, row: dict[str, Any], number: int | None = None) -> str:
+        """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row.
+
+        Without a path it is the number of the row, where that is known.
+        """
+        value = row[self.image_column] or {"bytes": None, "path": None}
+        nameless = "a row without an image" if value["bytes"] is None else "an image"
+        name = value["path"] or (nameless if number is None else f"row {number}")
+        return name if value["bytes"] is None else f"{name} (crc32 {zlib.crc32(value['bytes']):08x})"
 
 
 def open_sources(config: AutoencoderRun) -> tuple[ImageSource, list[dict[str, Any]]]:
@@ -122,6 +125,8 @@ def load_splits(
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The training split, and the validation split where there is one."""
     if config.data == PHOTOGRAPHS:
+        if (config.split, config.eval_split or "validation") != tuple(EMBEDDED):
+            raise UserError(f"data={PHOTOGRAPHS} has the splits train and validation alone; leave split=... out")
         return embedded("train"), embedded("validation")
     arguments = locate(config.data, config.data_options.subset)
     if is_path(config.data):
@@ -238,10 +243,10 @@ def check_readable(source: ImageSource, data: str) -> None:
 class CorruptCounter:
     """Names each unreadable image in the log once, and stops the run where there are too many."""
 
-    def __init__(self, config: AutoencoderRun | StoreRun, source: ImageSource, known: set[str]):
+    def __init__(self, config: AutoencoderRun | StoreRun, source: ImageSource, known: set[str], images_seen: int = 0):
         self.fraction, self.names = config.data_options.max_corrupt_fraction, set(known)
         self.num_rows = len(source.rows) if isinstance(source.rows, Dataset) else None
-        self.images_seen = 0
+        self.images_seen = images_seen
 
     def add(self, num_images: int, corrupt: list[Unreadable]) -> None:
         """Count a batch; RunError once more than the fraction (and more than one) could not be read."""
@@ -254,9 +259,12 @@ class CorruptCounter:
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Training batches as they are, each one counted."""
-        for batch in batches:
-            self.add(len(batch.crops), batch.corrupt)
-            yield batch
+        try:
+            for batch in batches:
+                self.add(len(batch.crops), batch.corrupt)
+                yield batch
+        except RunError as error:  # a worker's comes with a page of where it was
+            raise RunError(str(error).strip().rpartition("RunError: ")[2]) from None
 
 
 def check_corrupt(num_corrupt: int, num_rows: int | None, images_seen: int, fraction: float) -> None:

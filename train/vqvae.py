@@ -70,7 +70,7 @@ def train(
     known_corrupt = set(kept.get("corrupt", ()))
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     num_batches = config.optimizer.accumulation_steps  # of a step
-    unreadable = CorruptCounter(config, source, known_corrupt)
+    unreadable = CorruptCounter(config, source, known_corrupt, kept.get("images_seen", 0))
     batches = training_batches(source, config, accelerator, steps_done * num_batches, known_corrupt)
     batches = unreadable.watch(batches)
     progress = Progress(folder.path, accelerator, steps_done, config.steps)
@@ -102,7 +102,8 @@ def train(
                     examiner.draw_samples(optimization.measured, folder, step)
                 num_images, clock = 0, time.perf_counter()
             if step % config.save_every == 0 or step == config.steps or optimization.stopping:
-                folder.save(accelerator, step, {"corrupt": sorted(unreadable.names)})
+                seen = {"corrupt": sorted(unreadable.names), "images_seen": unreadable.images_seen}
+                folder.save(accelerator, step, seen)
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
                 return False

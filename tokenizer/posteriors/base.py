@@ -113,8 +113,9 @@ class Posterior(nn.Module, ABC):
         """
         if self.pending_kl is None:
             return False
-        total, number = sum_over_ranks(self.pending_kl, self.pending_kl.new_tensor(self.num_pending))
-        kl = total / number  # (C,)
+        if self.kl_target is not None or self.free_bits:  # who else asks costs the ranks nothing
+            total, number = sum_over_ranks(self.pending_kl, self.pending_kl.new_tensor(self.num_pending))
+            kl = total / number  # (C,)
         self.discard()
         if self.kl_target is not None:
             error = (kl.sum() / self.kl_target).log().clamp(-1, 1)

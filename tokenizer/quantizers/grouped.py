@@ -36,6 +36,8 @@ class GroupedQuantizer(CompositeQuantizer):
         self.parts = torch.nn.ModuleList(
             build_part(each, codebook_dim // groups, "grouped", also=("residual",)) for _ in range(groups)
         )
+        if groups * self.parts[0].num_codebooks == 1:
+            raise ValueError("groups=1 is its part by itself; give at least 2, or name the part as the quantizer")
         self.vocab_size = self.parts[0].vocab_size
         self.num_codebooks = groups * self.parts[0].num_codebooks
 

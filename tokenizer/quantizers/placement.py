@@ -69,7 +69,7 @@ class PlacedQuantizer(NearestCodeQuantizer):
 
     def statistics(self, vectors: Tensor, nearest: Tensor) -> list[Tensor]:
         """What `step` needs summed over batches and ranks, float32; first how many vectors chose each code (K,)."""
-        return [torch.bincount(nearest, minlength=self.vocab_size).float()]
+        return [vectors.new_zeros(self.vocab_size).index_add_(0, nearest, vectors.new_ones(len(nearest)))]
 
     def move(self, sums: list[Tensor], share: float) -> None:
         """Let a `share` of this step's `statistics` into the averages."""

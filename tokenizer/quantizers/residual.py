@@ -46,8 +46,8 @@ class ResidualQuantizer(SuccessiveQuantizer):
     ):
         super().__init__()
         check_codebook_dim(codebook_dim)
-        if not 1 <= depth <= MAX_DEPTH:
-            raise ValueError(f"depth={depth} must lie in 1..{MAX_DEPTH}")
+        if not 2 <= depth <= MAX_DEPTH:
+            raise ValueError(f"depth={depth} must lie in 2..{MAX_DEPTH}; one stage is its part by itself")
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"quantizer_dropout={quantizer_dropout} must lie in [0, 1]: it is a share of the pictures")
         if refinement is not None and refinement < 1:

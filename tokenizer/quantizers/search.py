@@ -27,8 +27,9 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     if vectors.device.type != "cpu":
         chunks = vectors.split(rows_per_chunk(codes))
         return torch.cat([torch.addmm(half_norms, each, codes.t(), alpha=-1).argmin(1) for each in chunks])
-    num_vectors = SCORES_PER_TILE // min(CODES_PER_TILE, len(codes))  # never by N, on which no rounding may depend
-    tile = torch.empty(max(num_vectors, SMALLEST_PRODUCT) * CODES_PER_TILE)
+    num_codes = min(CODES_PER_TILE, len(codes))
+    num_vectors = SCORES_PER_TILE // num_codes  # never by N, on which no rounding may depend
+    tile = vectors.new_empty(max(num_vectors, SMALLEST_PRODUCT) * num_codes)
     return torch.cat([nearest_by_tiles(each, codes, half_norms, tile) for each in vectors.split(num_vectors)])
 
 

@@ -13,6 +13,7 @@ from tokenizer import ImageTokenizer, TokenizerConfig
 from tokenizer.autoencoder import (
     PLAIN_POSITIONS,
     AttentionBlock,
+    ClassShift,
     ConvolutionalAutoencoder,
     ResidualBlock,
     Upsample,
@@ -114,6 +115,25 @@ def test_attention_over_many_places_never_holds_their_pairs():
     with torch.no_grad(), LargestResult() as largest:
         block(features)
     assert features.numel() <= largest.numbers < side**4 / 16
+
+
+class Casts(TorchDispatchMode):
+    """Tensors of four dimensions that were brought from one type to another."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.number += operation is torch.ops.aten._to_copy.default and arguments[0].ndim == 4
+        return operation(*arguments, **(options or {}))
+
+
+def test_under_autocast_features_stay_in_its_type():
+    block, shift = ResidualBlock(8, 8, norm_groups=0, dropout=0.0), ClassShift(2, 8)
+    features = torch.randn(2, 8, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        shifted = shift(features, torch.tensor([0, 1]))
+        assert shifted.dtype == block(shifted).dtype == torch.bfloat16
+    assert casts.number == 2  # of the kernels
 
 
 def norms_of(norm_groups: int) -> list[nn.GroupNorm]:

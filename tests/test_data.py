@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tokenizer.images import pil_to_tensor, to_batch
 from train.config import RunError, UserError
 from train.data import MappedCrops, evaluation_batches, holding_signals, outlive_signals, training_batches
 from train.settings import DataSettings, TokenizerRun
-from train.sources import CorruptCounter, check_readable, find_columns, open_sources
+from train.sources import CorruptCounter, check_readable, find_columns, open_sources, open_splits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine with a single core
@@ -332,10 +333,21 @@ def test_too_many_unreadable_images_stop_the_run(picture_folder):
 
 def test_a_resumed_stream_counts_its_images_from_where_it_was(picture_folder):
     config = settings(picture_folder, streaming=True)
-    source, known = open_sources(config)[0], {f"{number}.png" for number in range(17)}
+    source, known = open_splits(config)[0], {f"{number}.png" for number in range(17)}
     CorruptCounter(config, source, known, images_seen=2000).add(4, [("18.png", "truncated")])
     with pytest.raises(RunError, match="18 of 1000 images"):
         CorruptCounter(config, source, known).add(4, [("18.png", "truncated")])
+
+
+def test_what_a_worker_met_is_one_line(picture_folder):
+    config = settings(picture_folder)
+
+    def failing() -> Iterator[Any]:
+        raise RunError("Caught RunError in DataLoader worker process 1.\nOriginal ...\ntrain.config.RunError: no image")
+        yield
+
+    with pytest.raises(RunError, match="^no image$"):
+        list(CorruptCounter(config, open_sources(config)[0], set()).watch(failing()))
 
 
 def test_rows_without_a_path_are_counted_by_their_numbers(tmp_path):

@@ -13,6 +13,8 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import fill, picture, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ from tiny_stores import SIZE, by_key, encode, settings
 
 from tokenizer import ImageTokenizer
 from train.config import RunError, UserError, launch
-from train.encode_dataset import main, open_tokenizer, repo_id_of
+from train.encode_dataset import encode_dataset, main, open_tokenizer, repo_id_of
 from train.settings import SourceSettings, StoreRun
 from train.sources import ImageSource
 from train.token_store import INDEX_NAME, TokenStore
@@ -349,6 +351,17 @@ def test_a_lost_shard_of_a_finished_store_is_made_again(tiny_tokenizer, two_clas
     store.shards["train"][1].unlink()
     encode(config)
     assert contents(store.folder) == expected
+
+
+def test_a_tokenizer_and_a_store_may_lie_under_the_home_folder(tiny_tokenizer, two_classes, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
+    config = settings("~/tokenizer", two_classes, Path("~/store"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert encode_dataset(config, Accelerator(cpu=True))
+    assert TokenStore.open(tmp_path / "store").stamp.tokenizer is None
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_tokenizer_published_without_its_owner_is_not_named(tiny_tokenizer, tmp_path):

@@ -273,6 +273,14 @@ def test_without_a_resize_the_size_is_kept_but_for_a_centred_crop_to_multiples(w
     np.testing.assert_allclose(prepared(Image.fromarray(array), factor=factor)[0], expected, atol=1e-4)
 
 
+def test_of_a_line_the_middle_alone_is_resized():
+    line = Image.fromarray(np.random.default_rng(1).integers(0, 256, (2, 5001, 3), dtype=np.uint8))
+    middle = line.crop((2484, 0, 2516, 2))  # 16 times as long as high
+    for turned in (False, True):
+        pictures = [image.transpose(Image.Transpose.TRANSPOSE) if turned else image for image in (line, middle)]
+        assert np.array_equal(*(prepared(image, resize=64) for image in pictures))
+
+
 def test_encode_overrides_the_resize_of_the_config_in_both_directions(tokenizer):
     image, resizing = picture(0, 25, 21), ImageTokenizer(tiny_config(resize=8)).eval()
     resizing.load_state_dict(tokenizer.state_dict())

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 RANGE_TOLERANCE = 1e-3  # resizers overshoot a little; further out is a mistake
+FARTHEST = 16  # times its short side that a picture may be long before a square of its middle is taken
 
 Images = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -130,7 +131,7 @@ def resize_and_crop(image: Image.Image, factor: int, resize: int | None) -> Imag
     cut out. Without it the size is kept and a centred crop makes both sides divisible by `factor`.
     """
     if resize is not None:
-        image = resize_short_side(image, resize)
+        image = resize_short_side(without_far_ends(image), resize)
         width = height = resize
     else:
         width, height = (side // factor * factor for side in image.size)
@@ -138,6 +139,13 @@ def resize_and_crop(image: Image.Image, factor: int, resize: int | None) -> Imag
         raise ValueError(f"an image of {image.width} x {image.height} pixels is smaller than {factor}; pass resize=...")
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of a picture, at most FARTHEST times as long as it is wide: of a line, all of it would fill memory."""
+    limits = [min(side, FARTHEST * min(image.size)) for side in image.size]
+    left, top = ((side - limit) // 2 for side, limit in zip(image.size, limits, strict=True))
+    return image if tuple(limits) == image.size else image.crop((left, top, left + limits[0], top + limits[1]))
 
 
 def resize_short_side(image: Image.Image, side: int) -> Image.Image:

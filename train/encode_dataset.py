@@ -4,6 +4,7 @@ A shard gets its name when it is whole: started again after a signal or a kill, 
 """
 
 import logging
+import os
 import sys
 import time
 from copy import deepcopy
@@ -274,7 +275,7 @@ def open_tokenizer(path_or_repo: str) -> ImageTokenizer:
     try:
         if path_or_repo == StoreRun.tokenizer and not Path(path_or_repo).is_dir():  # never somebody's on the Hub
             raise FileNotFoundError("there is no such folder")
-        return ImageTokenizer.from_pretrained(path_or_repo)
+        return ImageTokenizer.from_pretrained(os.path.expanduser(path_or_repo))  # as `data` and `output_dir` are
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer={path_or_repo} cannot be opened ({error}); train one first with "
@@ -316,9 +317,10 @@ def stamp_of(config: StoreRun, tokenizer: ImageTokenizer, class_names: list[str]
 
 def repo_id_of(tokenizer: str) -> str | None:
     """Where others find a tokenizer: its repo id, or the one that its folder was published to."""
-    if not Path(tokenizer).is_dir():
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
         return tokenizer
-    settings = Path(tokenizer) / SETTINGS_NAME
+    settings = folder / SETTINGS_NAME
     published = yaml.safe_load(settings.read_text()).get("push_to_hub") if settings.is_file() else None
     return published if published and "/" in published else None  # without its owner nobody else finds it
 

@@ -129,6 +129,18 @@ def test_no_tensor_of_forward_or_backward_is_larger_than_a_chunk(chunk_of):
     assert dense.numbers == 64000  # the measure would see it
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 15, 16, 17, 40])
+@pytest.mark.parametrize(("num_codes", "dim"), [(300, 5), (1024, 64)])
+def test_the_logits_of_a_vector_do_not_depend_on_the_number_of_others(number, num_codes, dim):
+    torch.manual_seed(0)
+    queries, keys, bias = torch.randn(100, dim), torch.randn(num_codes, dim), torch.randn(num_codes)
+    few, all_of_them = (
+        torch.cat([logits for _, logits in logits_by_chunk(vectors, keys, bias, torch.ones(()))])
+        for vectors in (queries[:number], queries)
+    )
+    assert torch.equal(few, all_of_them[:number])
+
+
 def test_a_tie_goes_to_the_lowest_index():
     keys, values = torch.tensor([[0.0], [1.0], [1.0]]), torch.arange(3.0)[:, None]
     codes, indices = hard_codes(torch.ones(1, 1), keys, torch.zeros(3), values, torch.tensor(1.0))

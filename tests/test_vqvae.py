@@ -223,6 +223,17 @@ def test_what_a_key_of_the_model_stood_for_before_it_was_there_counts_and_not_it
     RunFolder(parse(TokenizerRun, [*residual, "model.quantizer.refinement=1.0"])).check()
 
 
+def test_a_run_that_goes_on_sweeps_out_what_a_killed_one_was_writing(tmp_path):
+    left = [tmp_path / ".model.safetensors.7.part", tmp_path / "samples" / ".step_000005.png.7.part"]
+    folder = RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path}"]))
+    folder.claim(Accelerator())
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    folder.claim(Accelerator())
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "tokenizer: runs/vqvae\nviews: center\nsteps: 10\n"])
 def test_a_folder_of_another_program_is_refused(picture_folder, tmp_path, content):
     (tmp_path / "run.yaml").write_text(content)

@@ -53,8 +53,8 @@ class OutputFolder:
         known = {part.name for part in fields(self.config)}
         try:
             theirs = yaml.safe_load((self.path / SETTINGS_NAME).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            theirs = " ".join(str(error).split())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            theirs = None
         if not isinstance(theirs, dict) or any((key in theirs) != (key in known) for key in TELLING_SETTINGS):
             raise UserError(f"output_dir={self.path} holds what another program made; choose another output_dir=...")
         theirs = {key: value for key, value in theirs.items() if key in known}
@@ -74,9 +74,11 @@ class OutputFolder:
         return any(f"{key}.".startswith(f"{free}.") for free in self.config.free_settings)
 
     def claim(self, accelerator: Accelerator) -> None:
-        """Make the folder this run's own; UserError where it cannot be written."""
+        """Make the folder this run's own, without what a killed one was writing; UserError where that cannot be."""
         if accelerator.is_main_process:
             try:
+                for leftover in self.path.rglob(".*.part"):
+                    leftover.unlink()
                 self.path.mkdir(parents=True, exist_ok=True)
                 with written_whole(self.path / SETTINGS_NAME) as part:
                     part.write_text(to_yaml(self.config))
@@ -100,7 +102,7 @@ class RunFolder(OutputFolder):
         self.checkpoints = self.path / "checkpoints"
 
     def claim(self, accelerator: Accelerator) -> None:
-        """Make the folder this run's own and sweep out what a killed save has left."""
+        """Make the folder this run's own, without the checkpoint that a killed one was saving."""
         super().claim(accelerator)
         if accelerator.is_main_process:
             self.checkpoints.mkdir(exist_ok=True)

@@ -154,13 +154,6 @@ class StoreFolder(OutputFolder):
                     f"give another output_dir=..., or delete {self.path} to encode the data anew"
                 )
 
-    def claim(self, accelerator: Accelerator) -> None:
-        """Make the folder this store's own and sweep out what a killed process has left."""
-        if accelerator.is_main_process:
-            for leftover in self.path.glob(".*.part"):
-                leftover.unlink()
-        super().claim(accelerator)
-
     def complete(self, shards: list[Shard], stamp: StoreStamp, sized: dict[str, bool]) -> None:
         """Write the card and tokens.json; RunError where too many images were unreadable. `sized`: no stream."""
         num_rows, unreadable = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from .search import rows_per_chunk
+from .search import SMALLEST_PRODUCT, rows_per_chunk
 
 
 def hard_codes(
@@ -87,12 +88,17 @@ class SoftStatistics(Function):
 def logits_by_chunk(
     queries: Tensor, keys: Tensor, bias: Tensor, temperature: Tensor, noise_seed: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each chunk and their (logits + noise) / temperature; a seed gives the same noise each time."""
-    chunk_rows, transposed = rows_per_chunk(keys), keys.t()
+    """The rows of each chunk and their (logits + noise) / temperature; a seed gives the same noise each time.
+
+    No product has fewer rows than round alike, so that a token does not depend on the number of others.
+    """
+    chunk_rows, transposed = max(rows_per_chunk(keys), SMALLEST_PRODUCT), keys.t()
     generator = None if noise_seed is None else torch.Generator(keys.device).manual_seed(noise_seed)
     for start in range(0, len(queries), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = torch.addmm(bias, queries[rows], transposed)
+        part = queries[rows]
+        enough = F.pad(part, (0, 0, 0, max(0, SMALLEST_PRODUCT - len(part))))
+        logits = torch.addmm(bias, enough, transposed)[: len(part)]
         if generator is not None:
             exponential = torch.empty_like(logits).exponential_(generator=generator)
             logits -= exponential.clamp_(min=torch.finfo(logits.dtype).tiny).log_()  # -log Exp(1) is Gumbel(0, 1)

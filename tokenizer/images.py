@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 RANGE_TOLERANCE = 1e-3  # resizers overshoot a little; further out is a mistake
-FARTHEST = 16  # times its short side that a picture may be long before a square of its middle is taken
+FARTHEST = 64  # times its short side that a picture may be long before a square of its middle is taken
 
 Images = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -143,9 +143,8 @@ def resize_and_crop(image: Image.Image, factor: int, resize: int | None) -> Imag
 
 def without_far_ends(image: Image.Image) -> Image.Image:
     """The middle of a picture, at most FARTHEST times as long as it is wide: of a line, all of it would fill memory."""
-    limits = [min(side, FARTHEST * min(image.size)) for side in image.size]
-    left, top = ((side - limit) // 2 for side, limit in zip(image.size, limits, strict=True))
-    return image if tuple(limits) == image.size else image.crop((left, top, left + limits[0], top + limits[1]))
+    left, top = (max(0, side - FARTHEST * min(image.size) + 1) // 2 for side in image.size)  # as much at either end
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def resize_short_side(image: Image.Image, side: int) -> Image.Image:

@@ -155,7 +155,7 @@ class AutoregressivePrior(PretrainedModel):
                 logits = guide(*logits.chunk(2), scales[position])
             tokens[:, position] = choose(logits, uniforms[:, position])
             if position + 1 < self.config.num_tokens:
-                known = tokens[:, position].clamp(max=self.config.vocab_size - 1)  # see below
+                known = tokens[:, position].clamp(max=self.config.vocab_size - 1)  # one beyond is told below
                 embedded = self.token_embedding(known.repeat(copies))
                 newest = embedded + self.place_embedding.weight[position + 1]
             bar.update(batch)
@@ -232,11 +232,6 @@ class AutoregressivePrior(PretrainedModel):
                 f"with B at least 1; use the tokenizer that it was trained with, at its image_size"
             )
         return whole_numbers("tokens", tokens, self.config.vocab_size, self.trusting).flatten(1).to(self.device)
-
-    @property
-    def trusting(self) -> bool:
-        """Whether values are taken as they come: in training on an accelerator, which waits for each look at them."""
-        return self.training and self.device.type != "cpu"
 
     def prefixes(self, prefix: Tensor | None, num_samples: int) -> Tensor:
         """The first tokens of each picture as (B, n) int64 on the model's device; ValueError if wrong."""

@@ -33,8 +33,8 @@ class KVCache:
         """Add n positions, keys and values (B, heads, n, d)."""
         start, self.length = self.length, self.length + keys.shape[2]
         if start == 0:
-            least = torch.float32 if keys.device.type == "cpu" else values.dtype
-            dtype = torch.promote_types(values.dtype, least)
+            on_cpu = values.device.type == "cpu"
+            dtype = torch.promote_types(values.dtype, torch.float32) if on_cpu else values.dtype
             self.keys = self.values = keys.new_empty(keys.shape[0] * keys.shape[1], 0, keys.shape[3], dtype=dtype)
         missing = self.length - self.keys.shape[1]
         if missing > 0:

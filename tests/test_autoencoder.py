@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from diffusers_models import vq_model
-from torch import Tensor, nn
+from largest_tensor import LargestTensor
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,22 +98,10 @@ def test_attention_and_its_gradients_are_those_in_float64_up_to_rounding(positio
         torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
 
 
-class LargestResult(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation makes."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        result = operation(*arguments, **(options or {}))
-        made = result if isinstance(result, (tuple, list)) else [result]
-        self.numbers = max([self.numbers, *(each.numel() for each in made if isinstance(each, Tensor))])
-        return result
-
-
 def test_attention_over_many_places_never_holds_their_pairs():
     block, side = AttentionBlock(8, norm_groups=4), math.isqrt(PLAIN_POSITIONS) + 8
     features = torch.randn(1, 8, side, side)
-    with torch.no_grad(), LargestResult() as largest:
+    with torch.no_grad(), LargestTensor() as largest:
         block(features)
     assert features.numel() <= largest.numbers < side**4 / 16
 

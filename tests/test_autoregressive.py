@@ -479,6 +479,14 @@ def test_generate_refuses_what_the_model_cannot_follow(prior, arguments, message
         prior.generate(**arguments)
 
 
+def test_in_training_on_an_accelerator_nothing_waits_for_values(prior):
+    """The meta device has none, so that any look at one fails."""
+    away, tokens, labels = (each.to("meta") for each in (deepcopy(prior), GRID, torch.tensor([0])))
+    assert away.train()(tokens, labels).device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        away.eval()(tokens, labels)
+
+
 def test_a_prefix_may_be_a_list(prior):
     drawn = [prior.generate([0], prefix=given, generator=seeded()) for given in ([[1, 2]], torch.tensor([[1, 2]]))]
     assert torch.equal(*drawn)

@@ -75,6 +75,16 @@ def test_the_window_of_the_training_batches_holds_nothing_of_so_many_codes():
     assert window.state_dict() == {"counts": None, "num_tokens": 0, "figures": {}}
 
 
+def test_the_window_goes_on_where_the_tokens_are_though_a_checkpoint_gives_its_counts_back_on_the_cpu():
+    window, resumed = UsageWindow(8), UsageWindow(8)
+    window.add(torch.tensor([1, 1, 3]))
+    resumed.load_state_dict(window.state_dict())
+    resumed.add(torch.tensor([3, 7]))
+    assert resumed.counts.tolist() == [0, 2, 0, 2, 0, 0, 0, 1]
+    resumed.add(torch.zeros(2, dtype=torch.int64, device="meta"))  # as on a GPU, where it cannot run here
+    assert resumed.counts.device.type == "meta"
+
+
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_run_with_2_to_the_36_codes_trains_and_says_how_many_of_them_it_saw(
     picture_folder, tmp_path, monkeypatch, capsys

@@ -1,5 +1,6 @@
 """Conditional models: the doors take the class of each image, and refuse what is none; unconditional ones refuse it."""
 
+import copy
 import json
 from dataclasses import asdict
 
@@ -156,6 +157,14 @@ def test_every_door_of_an_unconditional_model_refuses_labels(kind):
 
 
 @torch.no_grad()
+def test_in_training_on_an_accelerator_nothing_waits_for_labels(model):
+    """The meta device has no values, so that any look at one fails."""
+    away, labels = copy.deepcopy(model).to("meta"), torch.tensor([0, 1], device="meta")
+    assert away.train().classes(labels, 2).device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        away.eval().classes(labels, 2)
+
+
 def test_forward_with_labels_compiles_into_one_graph(model):
     images, labels = images_of(2), torch.tensor([0, 2])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer.quantizers import BinarySphericalQuantizer, FiniteScalarQuantizer, LookupFreeQuantizer
 
@@ -108,19 +108,6 @@ def test_lowering_both_entropy_losses_uses_every_code_and_makes_each_certain(nam
     assert after.losses["sample_entropy"] < before.losses["sample_entropy"]
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any result of an operation has, of the forward and of the backward pass."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for each in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(each, Tensor):
-                self.num_elements = max(self.num_elements, each.numel())
-        return result
-
-
 @pytest.mark.parametrize(
     "quantizer",
     [
@@ -141,7 +128,7 @@ def test_2_to_the_18_codes_and_more_train_without_a_tensor_of_vectors_times_code
         with LargestTensor() as watched:
             output = quantizer.train()(latents)
             (output.quantized.sum() + sum(output.losses.values())).backward()
-        largest[num_vectors] = watched.num_elements
+        largest[num_vectors] = watched.numbers
         assert latents.grad.isfinite().all()
     assert quantizer.vocab_size >= 2**18
     for num_vectors, found in largest.items():  # the batch's probabilities once, and two factors of each vector's

@@ -113,6 +113,7 @@ def test_the_search_never_holds_all_scores(num_vectors, num_codes, monkeypatch):
     assert max(each.numel() for each in held) <= search.SCORES_PER_TILE
     assert sum(each.numel() for each in held) >= num_vectors * num_codes
     assert len({each.data_ptr() for each in held}) == 1  # one tile, written over again and again
+    assert held[0].untyped_storage().nbytes() <= 4 * search.SCORES_PER_TILE
 
 
 def test_on_other_devices_chunks_hold_all_codes(monkeypatch):

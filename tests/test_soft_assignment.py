@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from soft_reference import dense_hard_codes
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tokenizer.quantizers import search
 from tokenizer.quantizers.soft_assignment import hard_codes, logits_by_chunk, soft_statistics
@@ -101,18 +100,6 @@ def test_statistics_stay_finite_where_probabilities_vanish():
     mean, entropy = soft_statistics(*softmax, torch.tensor(1e-4))
     gradients = torch.autograd.grad(mean.square().sum() + entropy, softmax)
     assert all(each.isfinite().all() for each in (mean, entropy, *gradients))
-
-
-class LargestTensor(TorchDispatchMode):
-    """How many numbers the largest tensor has that any operation returns, in the backward pass too."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        results = function(*arguments, **(keywords or {}))
-        sizes = [each.numel() for each in tree_leaves(results) if isinstance(each, torch.Tensor)]
-        self.numbers = max([self.numbers, *sizes])
-        return results
 
 
 def test_no_tensor_of_forward_or_backward_is_larger_than_a_chunk(chunk_of):

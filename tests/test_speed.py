@@ -178,6 +178,15 @@ def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept, low, 
     assert low <= int(done.stdout) < high
 
 
+@pytest.mark.parametrize(("keep", "name"), [("true", "speed_training_kept_memory"), ("false", "speed_training")])
+def test_steps_with_freed_memory_kept_have_a_record_of_their_own(keep, name, tmp_path, monkeypatch):
+    kept = []  # here, or the tests after this one would keep theirs too
+    monkeypatch.setattr(speed_training, "keep_freed_memory", lambda: kept.append("asked for"))
+    speed_training.main(parse(TrainingSpeedRun, ["models=[]", f"keep_memory={keep}"]), tmp_path)
+    assert recorded(tmp_path, name)["settings"]["keep_memory"] == bool(kept) == (keep == "true")
+    assert len(list((tmp_path / "benchmarks/results").iterdir())) == 1
+
+
 def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_path, monkeypatch, fresh_accelerator):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     model = "image_size=16 batch_size=4 num_workers=0 steps=10 model.autoencoder.base_channels=8"

@@ -48,8 +48,7 @@ class ImageModel(PretrainedModel):
 
     def classes(self, labels: Labels | None, num_images: int) -> Tensor | None:
         """Labels (B,) int64 on the model's device, None where it is unconditional; ValueError for any others."""
-        trusted = self.training and self.device.type != "cpu"  # an accelerator waits for each look at a value
-        checked = checked_labels(labels, self.config.num_classes, num_images, trusted)
+        checked = checked_labels(labels, self.config.num_classes, num_images, self.trusting)
         return None if checked is None else checked.to(self.device)
 
     def encode_latents(self, images: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:

@@ -194,6 +194,11 @@ class PretrainedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def trusting(self) -> bool:
+        """Whether values are taken as they come: in training on an accelerator, which waits for each look at them."""
+        return self.training and self.device.type != "cpu"
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode inside the block: no dropout, and nothing that training gathers is touched."""

@@ -147,18 +147,19 @@ class Optimization:
         flags = [float(self.stop.received is not None), float(bool(guilty))]
         flags = accelerator.reduce(torch.tensor(flags, device=accelerator.device), "sum")
         self.stopping, broken = flags.bool().tolist()  # every rank decides the same
+        elsewhere = "a value on another rank" if broken else "a gradient at the scale of the loss"
+        culprit = ", ".join(guilty) or elsewhere  # where the step is not taken
         if broken and options.on_nonfinite == "stop":
-            raise RunError(self.nonfinite_message(step, guilty))
+            raise RunError(self.nonfinite_message(step, culprit))
         if not broken or accelerator.scaler is not None:  # the scaler must see an overflow to lower its scale
             self.optimizer.step()
         taken = not (broken or accelerator.optimizer_step_was_skipped)
         self.optimizer.zero_grad()
         self.num_skipped = 0 if taken else self.num_skipped + 1
         if not taken:
-            guilty = guilty or ["a value on another rank" if broken else "a gradient at the scale of the loss"]
-            log.warning("step %d skipped: %s not finite", step, ", ".join(guilty))
+            log.warning("step %d skipped: %s not finite", step, culprit)
             if self.num_skipped > MAX_SKIPPED_STEPS:
-                raise RunError(self.nonfinite_message(step, guilty))
+                raise RunError(self.nonfinite_message(step, culprit))
         return taken
 
     def clip_gradients(self) -> None:
@@ -197,15 +198,15 @@ class Optimization:
         scaled = self.accelerator.scaler is not None  # a scaler deals with its overflows
         return [name for name in guilty if name in losses] or ([] if scaled else guilty)
 
-    def nonfinite_message(self, step: int, guilty: list[str]) -> str:
+    def nonfinite_message(self, step: int, culprit: str) -> str:
         """What to tell when a run cannot go on."""
         saved = self.folder.saved_steps()
         kept = f"the checkpoint of step {saved[-1]} is good" if saved else "there is no checkpoint yet"
-        passing = ", or pass over such steps with optimizer.on_nonfinite=skip"
+        stops = self.config.optimizer.on_nonfinite == "stop"
+        passing = ", or pass over such steps with optimizer.on_nonfinite=skip" if stops else ""
         return (
-            f"step {step}: {', '.join(guilty) or 'a value on another rank'} not finite; {kept}; lower learning_rate or "
-            f"optimizer.max_grad_norm (in another output_dir)"
-            f"{passing if self.config.optimizer.on_nonfinite == 'stop' else ''}"
+            f"step {step}: {culprit} not finite; {kept}; lower learning_rate or optimizer.max_grad_norm "
+            f"(in another output_dir){passing}"
         )
 
 

@@ -113,7 +113,7 @@ class Posterior(nn.Module, ABC):
         """
         if self.pending_kl is None:
             return False
-        if self.kl_target is not None or self.free_bits:  # who else asks costs the ranks nothing
+        if self.kl_target is not None or self.free_bits:  # without them nobody asks, and the ranks need no call
             total, number = sum_over_ranks(self.pending_kl, self.pending_kl.new_tensor(self.num_pending))
             kl = total / number  # (C,)
         self.discard()

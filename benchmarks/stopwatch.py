@@ -145,7 +145,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
 def keep_freed_memory() -> None:
     """From now on this process gives no freed memory back to the system (glibc; elsewhere nothing changes).
 
-    So do the allocators that PyTorch's tuning guide advises for a CPU; where pages are slow to come by it matters.
+    The allocators that PyTorch's tuning guide advises for a CPU keep it too; it matters where new pages are slow.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", None)
     if change:

@@ -31,7 +31,8 @@ from train.counting import LARGEST_WITH_USAGE, TOKENS_WITHOUT_USAGE, TokenCounts
 ON_THE_CPU = "on the CPU"
 NUM_REENCODED = 256  # pictures whose tokens are compared between precisions, batch sizes and devices
 CODECS = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}  # as small as the codec can, at any quality
-QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)  # of a codec, as Pillow numbers them
+QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)  # as Pillow numbers them
+LADDERS = {"JPEG": QUALITIES, "WEBP": (0, *QUALITIES)}  # a JPEG of quality 0 is that of 1
 
 Sums = dict[str, Tensor | TokenCounts]
 

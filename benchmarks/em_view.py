@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from ppca import ProbabilisticPCA
+from recording import save_plot
 from torch import Tensor
 
 NUM_OBSERVATIONS, NUM_COMPONENTS, NUM_LATENTS = 500, 8, 2
@@ -71,8 +72,7 @@ def draw(path: Path, told: list[HalfStep], best: float) -> None:
     axes.axhline(best, color="grey", linestyle=":", label="maximum of the likelihood")
     axes.set(xlabel="round: E step, then M step", ylabel="nats per observation")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_plot(path, figure, 100)
 
 
 if __name__ == "__main__":

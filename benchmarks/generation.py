@@ -9,11 +9,9 @@ Writes results/generation_NAME.json and docs/NAME_samples.png, docs/NAME_neighbo
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,12 +19,12 @@ import torch
 from classifier import DESCRIPTION, Classifier, accuracy, predict, train_classifier
 from labelled_images import LabelledImages, read_images
 from neighbours import distances_of, nearest
-from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
+from recording import ROOT, command_line, launch_named, num_parameters, public_settings, record, refusals, tell
 from torch import Tensor
 
 from prior import AutoregressivePrior
 from tokenizer import ImageTokenizer
-from train.config import UserError, launch
+from train.config import UserError
 from train.progress import save_sheet
 from train.settings import SourceSettings, at_least_one, require
 from train.sources import open_splits, reading
@@ -39,7 +37,7 @@ NUM_NEIGHBOURS = 5
 
 @dataclass
 class GenerationRun:
-    """Settings of benchmarks/generation.py."""
+    """Settings of benchmarks/generation.py NAME."""
 
     prior: str = "runs/prior"  # folder or repo id of a prior with classes
     tokenizer: str = "runs/vqvae"  # folder or repo id of its tokenizer
@@ -221,7 +219,8 @@ def neighbours(
     compared = {"samples": samples, "test": test, "test_reconstructions": test_rebuilt}
     found = {what: distances_of(images.pixels[:NUM_COMPARED], train.pixels) for what, images in compared.items()}
     ratios = {f"ratio_to_{what}": found["samples"]["median"] / found[what]["median"] for what in list(found)[1:]}
-    return {"distance": "L2 over pixels in [0, 1]", "images": min(NUM_COMPARED, len(samples)), **found, **ratios}
+    num_compared = {what: min(NUM_COMPARED, len(images.pixels)) for what, images in compared.items()}
+    return {"distance": "L2 over pixels in [0, 1]", "images": num_compared, **found, **ratios}
 
 
 def draw_sheets(folder: Path, name: str, samples: LabelledImages, train: LabelledImages, num_classes: int) -> None:
@@ -263,7 +262,4 @@ def command_of(name: str, config: GenerationRun) -> str:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
-        sys.exit(__doc__)
-    name = "" if "--help" in sys.argv else sys.argv.pop(1)
-    launch(partial(main, name), GenerationRun)
+    launch_named(main, GenerationRun, __doc__)

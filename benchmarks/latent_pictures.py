@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from comparison_sheet import title
+from recording import save_plot
 from shapes import COLOURS, FACTORS, Shapes
 from torch import Tensor
 
@@ -103,8 +104,7 @@ def draw_scatter(path: Path, spaces: list[Space]) -> None:
         plot.set(title=space.name, xlabel=f"latent {first}", ylabel=f"latent {second}")
         plot.set_aspect("equal", adjustable="datalim")
     figure.suptitle("posterior means; the circle is at 2 deviations of the prior")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    save_plot(path, figure, 80)
 
 
 def tiled(pictures: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ pictures docs/NAME_*.png. What is trained already under runs/NAME is not trained
 """
 
 import shlex
-import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from disentanglement import mutual_information_gap
 from labelled_images import content_hash
 from latent_pictures import Space, draw_interpolations, draw_planes, draw_scatter, draw_traversals
-from recording import ROOT, command_line, num_parameters, record, tell
+from recording import ROOT, command_line, launch_named, num_parameters, record, tell
 from shapes import FACTORS, SIDE, Shapes, all_shapes
 from torch import Tensor
 
@@ -27,8 +25,9 @@ from tokenizer.collapse import active_units
 from tokenizer.images import tensor_to_pil
 from tokenizer.metrics import psnr
 from tokenizer.posteriors.normal import gaussian_kl
+from tokenizer.pretrained import CONFIG_NAME, written_whole
 from tokenizer.unfilled import unfilled
-from train.config import UserError, launch, parse
+from train.config import UserError, parse
 from train.settings import VAERun, require
 from train.vqvae import check_model
 from train.vqvae import main as train_model
@@ -45,7 +44,7 @@ HELD_OUT = 10  # one picture in so many validates
 
 @dataclass
 class LatentsRun:
-    """Settings of benchmarks/latents.py."""
+    """Settings of benchmarks/latents.py NAME."""
 
     betas: list[float] = field(default_factory=lambda: [1e-6, 1.0, 16.0])  # weights of the KL, a model for each
     shared: str = SHARED  # arguments of train/vae.py that all models have
@@ -64,6 +63,8 @@ def main(name: str, config: LatentsRun, root: Path = ROOT) -> None:
     for beta, run in runs.items():
         tell(f"beta {beta:g}")
         train_model(run)
+        if not Path(run.output_dir, CONFIG_NAME).is_file():
+            return  # it was asked to stop
         vae = ImageVAE.from_pretrained(run.output_dir)
         mean, log_variance = (each.flatten(1) for each in vae.moments(shapes.pixels))  # (N, D): the grid is 1 x 1
         spaces.append(Space(f"beta {beta:g}", vae, shapes, mean, log_variance))
@@ -105,7 +106,8 @@ def write_data(shapes: Shapes, folder: Path) -> None:
             images = [tensor_to_pil(picture / 255) for picture in shapes.pixels[numbers]]
             features = datasets.Features({"image": datasets.Image()})
             folder.mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(path)
+            with written_whole(path) as part:
+                datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(part)
 
 
 @torch.no_grad()
@@ -137,7 +139,4 @@ def command_of(name: str, config: LatentsRun) -> str:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
-        sys.exit(__doc__)
-    name = "" if "--help" in sys.argv else sys.argv.pop(1)
-    launch(partial(main, name), LatentsRun)
+    launch_named(main, LatentsRun, __doc__)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     path, *command = sys.argv[1:]
     _, status, used = os.wait4(os.posix_spawnp(command[0], command, os.environ), 0)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes

@@ -9,16 +9,15 @@ steps a second, peak memory.
 """
 
 import shlex
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from recording import ROOT, command_line, public_settings, record
+from recording import ROOT, command_line, launch_named, public_settings, record
 from trained_tokenizers import TrainedRun, check_unconditional, figures_of_all, read_pictures, summaries, train_ours
 
-from train.config import UserError, launch, parse
+from train.config import UserError, parse
 from train.settings import TokenizerRun, require
 from train.vqvae import check_model
 
@@ -42,7 +41,7 @@ MODELS = [  # every bottleneck at about 9 bits for each place of the grid
 
 @dataclass
 class QuantizersRun(TrainedRun):
-    """Settings of benchmarks/quantizers.py."""
+    """Settings of benchmarks/quantizers.py NAME."""
 
     shared: str = SHARED  # arguments of train/vqvae.py that every model has
     models: list[str] = field(default_factory=lambda: [*MODELS])  # arguments of each
@@ -61,7 +60,7 @@ def main(name: str, config: QuantizersRun, root: Path = ROOT) -> None:
     first, *_ = [checked(each) for each in arguments]  # all of them before hours go into the first
     pictures = read_pictures(config, first.model.image_channels, first.image_size)
     makers = {each: partial(train_ours, each, pictures, config) for each in arguments}
-    rows = figures_of_all(root / "runs" / name, makers, config.seeds)
+    rows = figures_of_all(root / "runs" / name, makers, config.seeds, pictures)
     figures = {"command": command_of(name, config), "protocol": pictures.protocol(config), "models": summaries(rows)}
     record(f"quantizers_{name}", figures, root)
 
@@ -83,7 +82,4 @@ def command_of(name: str, config: QuantizersRun) -> str:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
-        sys.exit(__doc__)
-    name = "" if "--help" in sys.argv else sys.argv.pop(1)
-    launch(partial(main, name), QuantizersRun)
+    launch_named(main, QuantizersRun, __doc__)

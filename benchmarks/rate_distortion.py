@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recording import save_plot
 
 TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS-{network} (less is better)"}
 
@@ -64,8 +65,7 @@ def plot(path: Path, rows: list[Row]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_plot(path, figure, 100)
 
 
 def draw(axes: Any, rows: list[Row], measure: str, name: str, style: str) -> None:

@@ -8,10 +8,9 @@ out to the ranks. Writes results/reconstruction_NAME.json and .md (the table), d
 reconstructions, errors) and docs/NAME_rate_distortion.png; --help prints the settings.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +19,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from comparison_sheet import NUM_SHOWN, save_comparison
-from contenders import CODECS, QUALITIES, Codec, SavedTokenizer, Sums, codec_versions
+from contenders import LADDERS, Codec, SavedTokenizer, Sums, codec_versions
 from judges import Judges, Tally
 from labelled_images import picture_batches
 from rate_distortion import at_same_bits, plot
-from recording import ROOT, command_line, record, refusals, tell
+from recording import ROOT, command_line, launch_named, record, refusals, tell
 from tables import markdown, reconstruction_rows
 from torch import Tensor
 
 from tokenizer.distances import NUM_RESAMPLES
 from tokenizer.metrics import SSIM_WINDOW
-from train.config import UserError, launch
+from tokenizer.pretrained import written_whole
+from train.config import UserError
 from train.optimization import share_threads
 from train.settings import SMALLEST_PERCEPTUAL, SourceSettings, ThreadSettings, at_least_one, require
 from train.sources import ImageSource, open_splits, reading
@@ -40,7 +40,7 @@ Contender = SavedTokenizer | Codec
 
 @dataclass
 class ReconstructionRun:
-    """Settings of benchmarks/reconstruction.py."""
+    """Settings of benchmarks/reconstruction.py NAME."""
 
     tokenizers: list[str] = field(default_factory=lambda: ["runs/vqvae"])  # folders or repo ids
     data: str = "uoft-cs/cifar10"  # as for train/vqvae.py
@@ -84,7 +84,7 @@ def main(name: str, config: ReconstructionRun) -> None:
         tokenizers = open_tokenizers(config, accelerator.device)
         with reading(config.data):
             source = open_splits(config)[1]
-    codecs = [Codec(codec, quality) for codec in CODECS for quality in QUALITIES if config.codecs]
+    codecs = [Codec(codec, quality) for codec, ladder in LADDERS.items() for quality in ladder if config.codecs]
     contenders = [*tokenizers, *codecs]
     pictures = batches(config, source, tokenizers[0].channels, accelerator)
     with refusals():
@@ -109,7 +109,8 @@ def main(name: str, config: ReconstructionRun) -> None:
     figures = {"command": command_of(name, config), "protocol": protocol, "rows": rows}
     record(f"reconstruction_{name}", figures, root)
     table = markdown(reconstruction_rows(figures))
-    (root / "benchmarks" / "results" / f"reconstruction_{name}.md").write_text(table + "\n")
+    with written_whole(root / "benchmarks" / "results" / f"reconstruction_{name}.md") as part:
+        part.write_text(table + "\n")
     print(table)
 
 
@@ -201,7 +202,4 @@ def command_of(name: str, config: ReconstructionRun) -> str:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
-        sys.exit(__doc__)
-    name = "" if "--help" in sys.argv else sys.argv.pop(1)
-    launch(partial(main, name), ReconstructionRun)
+    launch_named(main, ReconstructionRun, __doc__)

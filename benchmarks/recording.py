@@ -2,20 +2,23 @@
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.config import UserError, differences
+from tokenizer.pretrained import written_whole
+from train.config import UserError, differences, dotted, launch
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchvision", "accelerate", "datasets", "lpips", "torch-fidelity", "pillow")
@@ -24,6 +27,18 @@ LIBRARIES = ("torch", "torchvision", "accelerate", "datasets", "lpips", "torch-f
 def tell(progress: str) -> None:
     """What the program is about to do, on stderr."""
     print(progress, file=sys.stderr, flush=True)
+
+
+def launch_named(main: Callable[..., None], config_class: type, usage: str | None) -> None:
+    """`launch` of a program whose first argument is the NAME of its record; without one its `usage` is told."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        if not name or "=" in name:
+            sys.exit(usage)
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            sys.exit(f"error: NAME {name!r} must be letters, digits, '_', '-' and '.': files are called by it")
+        sys.argv.pop(1)
+    launch(partial(main, name), config_class)
 
 
 @contextmanager
@@ -53,9 +68,21 @@ def command_line(
 
 def as_yaml(value: Any) -> str:
     """A setting's value as the command line takes it."""
-    if not isinstance(value, list):
-        return str(value)
-    return f"[{','.join(json.dumps(each) if ' ' in str(each) else str(each) for each in value)}]"
+    if isinstance(value, list):
+        return f"[{','.join(json.dumps(each) if is_quoted(each) else as_yaml(each) for each in value)}]"
+    if value is None:
+        return "null"
+    return json.dumps(value) if is_quoted(value) else str(value)
+
+
+def is_quoted(value: Any) -> bool:
+    """Whether it is text that a command line would read as something else, alone or in a list."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return dotted([f"key=[{value}]"])["key"] != [value]
+    except ValueError:
+        return True
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -68,8 +95,16 @@ def record(name: str, figures: dict[str, object], root: Path = ROOT) -> None:
     folder = root / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(figures | circumstances(), indent=2)
-    (folder / f"{name}.json").write_text(text + "\n")
+    with written_whole(folder / f"{name}.json") as part:
+        part.write_text(text + "\n")
     print(text)
+
+
+def save_plot(path: Path, figure: Any, dpi: int) -> None:
+    """A figure of matplotlib as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=dpi, format="png")
 
 
 def circumstances() -> dict[str, object]:

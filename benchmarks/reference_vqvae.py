@@ -8,7 +8,6 @@ Writes results/reference_vqvae_NAME.json. Shapes: B batch, N vectors, K codes, D
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from recording import ROOT, circumstances, command_line, num_parameters, public_settings, record
+from recording import ROOT, circumstances, command_line, launch_named, num_parameters, public_settings, record
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,7 +32,7 @@ from trained_tokenizers import (
 )
 
 from tokenizer.metrics import perplexity
-from train.config import launch
+from train.config import UserError
 from train.settings import require
 
 SIDE = 32  # pixels
@@ -48,7 +47,7 @@ PUBLISHED = {"train_nmse": 0.056, "train_perplexity": 326.0}  # means of the las
 
 @dataclass
 class ReferenceRun(TrainedRun):
-    """Settings of benchmarks/reference_vqvae.py."""
+    """Settings of benchmarks/reference_vqvae.py NAME."""
 
     models: list[str] = field(default_factory=lambda: ["train/presets/cifar10/vqvae.yaml"])  # for train/vqvae.py each
     steps: int = STEPS  # of the example; 0 leaves it out
@@ -56,6 +55,7 @@ class ReferenceRun(TrainedRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.steps >= 0, f"steps={self.steps}", "be >= 0")
+        require(bool(self.steps or self.models), "models=[] steps=0", "name a model, or leave the example in")
 
 
 class ReferenceQuantizer(nn.Module):
@@ -153,9 +153,12 @@ def main(name: str, config: ReferenceRun, root: Path = ROOT) -> None:
     for model in config.models:
         check_unconditional(model)
     pictures = read_pictures(config, channels=3, side=SIDE)
-    makers = {REFERENCE: partial(train_reference, pictures, config.steps)} if config.steps else {}
+    if len(pictures.train) < BATCH_SIZE:
+        raise UserError(f"data={config.data} has {len(pictures.train)} pictures, fewer than a batch of {BATCH_SIZE}")
+    example = REFERENCE if config.steps == STEPS else f"{REFERENCE} steps={config.steps}"
+    makers = {example: partial(train_reference, pictures, config.steps)} if config.steps else {}
     makers |= {model: partial(train_ours, model, pictures, config) for model in config.models}
-    rows = figures_of_all(root / "runs" / name, makers, config.seeds)
+    rows = figures_of_all(root / "runs" / name, makers, config.seeds, pictures)
     protocol = pictures.protocol(config) | {"published": PUBLISHED}
     figures = {"command": command_of(name, config), "protocol": protocol, "models": summaries(rows)}
     record(f"reference_vqvae_{name}", figures, root)
@@ -208,7 +211,4 @@ def command_of(name: str, config: ReferenceRun) -> str:
 
 
 if __name__ == "__main__":
-    if "--help" not in sys.argv and (len(sys.argv) < 2 or "=" in sys.argv[1]):
-        sys.exit(__doc__)
-    name = "" if "--help" in sys.argv else sys.argv.pop(1)
-    launch(partial(main, name), ReferenceRun)
+    launch_named(main, ReferenceRun, __doc__)

@@ -1,4 +1,4 @@
-"""Measure speed: python benchmarks/speed.py [part] [key=value ...]; python benchmarks/speed.py PART --help.
+"""Measure speed: python benchmarks/speed.py [PART [key=value ...]]; PART --help lists its settings.
 
 A part is the main of a file of its own and writes results/speed_PART.json; without one all of them are measured. What
 is compared runs in turns, a figure is the median of several rounds, with the lowest and the highest beside it, and
@@ -30,7 +30,11 @@ PARTS = {
 }
 
 if __name__ == "__main__":
+    usage = f"{__doc__}\nThe parts are {', '.join(PARTS)}."
+    if {"-h", "--help"} & set(sys.argv[1:2]):
+        print(usage)
+        sys.exit(0)
     if sys.argv[1:] and sys.argv[1] not in PARTS:
-        sys.exit(f"{__doc__}\nThe parts are {', '.join(PARTS)}.")
+        sys.exit(usage)
     for main, config_class in [PARTS[sys.argv.pop(1)]] if sys.argv[1:] else PARTS.values():
         launch(main, config_class)

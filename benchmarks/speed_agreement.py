@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from labelled_images import content_hash, validation_pictures
 from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
-from stopwatch import four
+from stopwatch import check_device, four
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
@@ -38,8 +38,8 @@ class AgreementRun:
     seed: ClassVar[int] = 0  # nothing is random
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "images", "threads"):
-            at_least_one(self, name)
+        at_least_one(self, "image_size", "images", "threads")
+        check_device(self.device)
         require(bool(self.tokenizers), "tokenizers=[]", "name at least one")
 
 

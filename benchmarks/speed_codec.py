@@ -1,27 +1,31 @@
 """Encoding and decoding, images/s, beside diffusers' VQModel of the same architecture with the same weights.
 
 A VQModel with random weights is saved as diffusers saves it and read by `ImageTokenizer.from_diffusers`. From uint8
-images to tokens and from tokens to images in [0, 1], in float32 and in the fast mode. The peer is measured as its
-documentation shows it, in channels_last, with bfloat16 besides and compiled besides: its best of all is what the fast
-mode is held against. The arithmetic of the networks stands beside the peak of a large matrix product, measured in
-the same rounds. Shapes: B batch, S image side.
+images to tokens and from tokens to images in [0, 1], in float32, in the fast mode and in bfloat16 throughout. The peer
+is measured as its documentation shows it, in channels_last, with bfloat16 besides and compiled besides: its best of all
+is what the two faster modes are held against. Floors of arithmetic and memory stand beside each, by rates of the same
+rounds. Shapes: B batch, S image side.
 """
 
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import VQModel
 from diffusers_peer import DiffusersTokenizer
+from floors import floors, machine_calls, machine_rates, work_of
 from recording import ROOT, command_line, num_parameters, record, tell
-from stopwatch import SpeedRun, flops, four, interleaved, peak_memory, peaks, products, speedup, spread
+from stopwatch import DeviceRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
-from train.settings import require
+from train.settings import at_least_one, require
+
+OURS = ("ours", "ours, fast", "ours, bfloat16")
 
 Calls = dict[str, Callable[[], Tensor]]
 
@@ -57,22 +61,23 @@ class Architecture:
 
 ARCHITECTURES = {
     "11M": Architecture(128, (64, 64, 128, 256), 1, False, latent_channels=64, codebook_dim=8),
-    "70M": Architecture(256, (128, 128, 256, 256, 512), 2, True, latent_channels=256, codebook_dim=256),  # taming's f16
+    "76M": Architecture(256, (128, 128, 256, 256, 512), 2, True, latent_channels=256, codebook_dim=256),  # taming's f16
 }
 
 
 @dataclass
-class CodecRun(SpeedRun):
+class CodecRun(DeviceRun):
     """Settings of benchmarks/speed.py codec."""
 
     models: list[str] = field(default_factory=lambda: list(ARCHITECTURES))
     max_pixels: int = 2**16  # B x S x S, by which the batch is chosen
     compiled: bool = True  # whether the peer is measured compiled too
-    matrix: int = 2048  # side of the product that shows the peak
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least_one(self, "max_pixels")
+        require(bool(self.models), "models=[]", "name at least one")
         for name in self.models:
             require(name in ARCHITECTURES, f"models={name}", f"be one of {', '.join(ARCHITECTURES)}")
 
@@ -96,19 +101,19 @@ def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=config.device)
     with tempfile.TemporaryDirectory() as folder:
         architecture.vq_model().save_pretrained(folder)
-        ours, fast = (ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device) for _ in range(2))
-        fast.fast()
+        ours, fast, bfloat16 = (
+            ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device) for _ in range(3)
+        )
+        modes = dict(zip(OURS, (ours, fast.fast(), bfloat16.bfloat16()), strict=True))
         plain, laid_out = (
             DiffusersTokenizer(folder).to(config.device, memory_format=layout)
             for layout in (torch.contiguous_format, torch.channels_last)
         )
     tokens = ours.encode(images)
-    parts: dict[str, Calls] = {
-        "encode": {"ours": lambda: ours.encode(images), "ours, fast": lambda: fast.encode(images)},
-        "decode": {"ours": lambda: ours.decode(tokens), "ours, fast": lambda: fast.decode(tokens)},
-    }
+    parts: dict[str, Calls] = {}
     for part, given in {"encode": images, "decode": tokens}.items():
-        calls, best = parts[part], getattr(laid_out, part)
+        calls: Calls = {name: partial(getattr(mode, part), given) for name, mode in modes.items()}
+        parts[part], best = calls, getattr(laid_out, part)
         calls["diffusers"] = lambda part=part, given=given: getattr(plain, part)(given)
         calls["diffusers, channels_last"] = lambda best=best, given=given: best(given)
         calls["diffusers, bfloat16"] = in_bfloat16(best, given)
@@ -137,26 +142,27 @@ def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[],
 
 
 def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
-    """Images a second and peak memory of each, ours against the peer's ways, and our share of the machine's peak."""
+    """Images a second, peak memory and floors of each, and ours against the peer's ways."""
     memory = {name: peak_memory(call, config.device) for name, call in calls.items()}
-    seconds = interleaved(calls | products(config.matrix, config.device), config.rounds, config.seconds)
-    peak = peaks(seconds, config.matrix)
-    work = {name: flops(calls[name]) for name in ("ours", "diffusers")}
+    seconds = interleaved(calls | machine_calls(config.device), config.rounds, config.seconds)
+    rates = machine_rates(seconds)
     figures = {
         name: {"images_per_second": spread([batch / each for each in seconds[name]]), "peak_memory": memory[name]}
         for name in calls
     }
+    for name in (*OURS, "diffusers"):
+        work = work_of(calls[name])
+        figures[name] |= {
+            "operations_per_image": work.operations.total() // batch,
+            "floor_images_per_second": floors(work, rates, batch),
+        }
     best = min((name for name in calls if name.startswith("diffusers")), key=lambda name: sum(seconds[name]))
-    fast = seconds["ours, fast"]
+    fast, bfloat16 = seconds["ours, fast"], seconds["ours, bfloat16"]
     return {
         "each": figures,
         "float32": speedup(seconds["ours"], seconds["diffusers"]),
         "fastest": {"peer": best, **speedup(fast, seconds[best])},
+        "bfloat16": {"peer": best, **speedup(bfloat16, seconds[best])},
         "documented": speedup(fast, seconds["diffusers"]),  # the peer as its documentation shows it
-        "flops_per_image": {name: each // batch for name, each in work.items()},
-        "peak_flops": {name: four(each) for name, each in peak.items()},
-        "share_of_peak": {
-            "float32": spread([work["ours"] / each / peak["float32"] for each in seconds["ours"]]),
-            "bfloat16": spread([work["ours"] / each / peak["bfloat16"] for each in fast]),
-        },
+        "rates_per_second": rates,
     }

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import SpeedRun, in_turns, ratio, seconds_of, spread
+from stopwatch import DeviceRun, in_turns, ratio, seconds_of, spread
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import SETTINGS_NAME
 from train.config import UserError
-from train.settings import PHOTOGRAPHS, StoreRun, require
+from train.settings import PHOTOGRAPHS, StoreRun, at_least_one, require
 from train.token_store import INDEX_NAME, TokenStore
 
 AUTOENCODER = {  # VQGAN's at factor 8
@@ -39,7 +39,7 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 @dataclass
-class DatasetRun(SpeedRun):
+class DatasetRun(DeviceRun):
     """Settings of benchmarks/speed.py dataset."""
 
     data: str = PHOTOGRAPHS  # photographs to encode; the embedded ones are cut into JPEG files first
@@ -54,8 +54,7 @@ class DatasetRun(SpeedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("images", "ranks", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be at least 1")
+        at_least_one(self, "images", "side", "ranks", "batch_size")
         rule = f"be above rows_per_shard={self.rows_per_shard}, those to validate on"
         require(self.images > self.rows_per_shard, f"images={self.images}", rule)
 

@@ -7,31 +7,27 @@ large one. Weights that the processor's own cache holds may be read faster than 
 Shapes: B batch, T tokens of a grid.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the peer's weights are random, nothing is to be looked up
-
 import torch
-from recording import ROOT, command_line, num_parameters, record, tell, version_of
-from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
+from floors import DTYPES, machine_calls, machine_rates
+from recording import ROOT, command_line, num_parameters, record, refusals, tell, version_of
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prior import AutoregressivePrior, PriorConfig
+from prior.transformer import inner_width
 from train.settings import require
 
 CACHES = {"transformers, dynamic cache": "dynamic", "transformers, static cache": "static"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COPIED = 2**28  # bytes, more than a processor's own cache holds
-PRODUCT = 1024  # rows and columns of the product that tells the rate of arithmetic
 
 
 @dataclass
-class GenerationRun(SpeedRun):
+class GenerationRun(DeviceRun):
     """Settings of benchmarks/speed.py generation."""
 
     width: int = 256
@@ -46,7 +42,12 @@ class GenerationRun(SpeedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(set(self.dtypes) <= set(DTYPES), f"dtypes={self.dtypes}", f"be of {', '.join(DTYPES)}")
+        each_at_least_one(self, "grid_sides", "batch_sizes")
+        known = bool(self.dtypes) and set(self.dtypes) <= set(DTYPES)
+        require(known, f"dtypes={self.dtypes}", f"be of {', '.join(DTYPES)}, one or more")
+        with refusals():
+            for side in self.grid_sides:
+                config_of(self, side)
 
 
 def main(config: GenerationRun, root: Path = ROOT) -> None:
@@ -68,18 +69,22 @@ def main(config: GenerationRun, root: Path = ROOT) -> None:
 
 
 def prior(config: GenerationRun, side: int) -> AutoregressivePrior:
-    """Ours, with one class beside the null class, so that it can be guided."""
+    """Ours."""
+    return AutoregressivePrior(config_of(config, side))
+
+
+def config_of(config: GenerationRun, side: int) -> PriorConfig:
+    """With one class beside the null class, so that it can be guided; ValueError for sizes that no prior has."""
     sizes = {name: getattr(config, name) for name in ("vocab_size", "width", "num_layers", "num_heads")}
-    return AutoregressivePrior(PriorConfig(grid_size=[side, side], num_classes=1, **sizes))
+    return PriorConfig(grid_size=[side, side], num_classes=1, **sizes)
 
 
 def llama(config: GenerationRun, side: int) -> LlamaForCausalLM:
     """The peer with a feed-forward layer as wide as ours; no token ends it early."""
-    feed_forward = prior(config, side).transformer.blocks[0].feed_forward
     settings = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.width,
-        intermediate_size=feed_forward.project.in_features,
+        intermediate_size=inner_width(config.width),
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         max_position_embeddings=side**2 + 1,
@@ -98,15 +103,16 @@ def row_of(ours: AutoregressivePrior, peer: LlamaForCausalLM, batch: int, config
         "ours, guided": lambda: ours.generate([0] * batch, batch_size=batch, guidance_scale=config.guidance_scale),
     } | {name: generating(peer, batch, num_tokens, cache) for name, cache in CACHES.items()}
     memory = {name: peak_memory(calls[name], config.device) for name in names}
-    seconds = interleaved(calls | machine_calls(ours), config.rounds, config.seconds)
-    best = min(CACHES, key=lambda name: sum(seconds[name]))
+    seconds = interleaved(calls | machine_calls(config.device), config.rounds, config.seconds)
+    best, machine = min(CACHES, key=lambda name: sum(seconds[name])), machine_rates(seconds)
     rates = {name: [batch * num_tokens / each for each in seconds[name]] for name in names}
     return {
         "parameters": {"ours": num_parameters(ours), "transformers": num_parameters(peer)},
         "each": {name: {"tokens_per_second": spread(rates[name]), "peak_memory": memory[name]} for name in names},
         "against_peer": {"peer": best, **speedup(seconds["ours"], seconds[best])},
         "cost_of_guidance": speedup(seconds["ours"], seconds["ours, guided"]),
-        "floors": floors(ours, batch, seconds),
+        "rates_per_second": machine,
+        "floor_tokens_per_second": floors(ours, batch, machine),
     }
 
 
@@ -117,25 +123,11 @@ def generating(peer: LlamaForCausalLM, batch: int, num_tokens: int, cache: str) 
     return lambda: peer.generate(begin, attention_mask=torch.ones_like(begin), **settings)
 
 
-def machine_calls(model: AutoregressivePrior) -> dict[str, Callable[[], Tensor]]:
-    """What tells the rates of memory and of arithmetic in the model's type."""
-    source = torch.zeros(COPIED, dtype=torch.uint8, device=model.device)
-    target = torch.empty_like(source)
-    factor = torch.randn(PRODUCT, PRODUCT, device=model.device).to(model.head.weight.dtype)
-    return {"copy": lambda: target.copy_(source), "product": lambda: factor @ factor}
-
-
-def floors(model: AutoregressivePrior, batch: int, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Tokens a second that neither memory nor arithmetic lets anyone exceed, by the fastest copy and product."""
-    bandwidth = 2 * COPIED / min(seconds["copy"])  # bytes/s, read and written
-    operations = 2 * PRODUCT**3 / min(seconds["product"])  # operations/s
+def floors(model: AutoregressivePrior, batch: int, machine: dict[str, float]) -> dict[str, float]:
+    """Tokens a second that neither memory nor arithmetic lets anyone exceed, by the rates of the machine."""
     read = num_parameters(model.transformer) + num_parameters(model.head)
-    config = model.config
+    config, kind = model.config, model.head.weight
     cached = config.num_layers * 2 * config.width * (config.num_tokens + 1) / 2  # of one sequence, at the mean step
-    step = (read + batch * cached) * model.head.weight.element_size() / bandwidth
-    return {
-        "memory_tokens_per_second": four(batch / step),
-        "arithmetic_tokens_per_second": four(operations / (2 * (read + cached))),
-        "bytes_per_second": four(bandwidth),
-        "operations_per_second": four(operations),
-    }
+    step = (read + batch * cached) * kind.element_size() / machine["bytes"]
+    operations = machine[str(kind.dtype).removeprefix("torch.")]
+    return {"memory": four(batch / step), "arithmetic": four(operations / (2 * (read + cached)))}

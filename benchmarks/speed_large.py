@@ -14,28 +14,26 @@ from typing import Any, ClassVar
 import torch
 from labelled_images import content_hash, validation_pictures
 from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
-from stopwatch import SpeedRun, four, interleaved, peak_memory, seconds_of, spread
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, seconds_of, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
-from train.settings import SourceSettings, at_least_one, require
+from train.settings import PHOTOGRAPHS, SourceSettings, at_least_one, require
 
 
 @dataclass
-class LargeRun(SpeedRun):
+class LargeRun(DeviceRun):
     """Settings of benchmarks/speed.py large."""
 
     tokenizer: str = "runs/vqvae"  # folder or repo id, of a model without classes
-    data: str = "photographs"  # embedded ones; or as for train/vqvae.py
+    data: str = PHOTOGRAPHS  # embedded ones; or as for train/vqvae.py
     named: str | None = None  # the Hub id of `data` where that is a path; stands in the record in its place
     split: str = "train"  # split that the tokenizer was trained on
     eval_split: str | None = None  # split of the mosaic; default: validation, else test, else a seeded 2% held out
     photograph_size: int = 160  # pixels of a side in the mosaic; short sides are brought to it
     image_sizes: list[int] = field(default_factory=lambda: [768, 4096])  # S, pixels
     tile_size: int = 256  # pixels
-    tile_overlaps: list[int] = field(
-        default_factory=lambda: [0, 16, 32, 64]
-    )  # pixels; above largest_whole only the last
+    tile_overlaps: list[int] = field(default_factory=lambda: [0, 16, 32, 64])  # pixels; the last is all for the largest
     largest_whole: int = 1024  # S up to which the picture is coded as a whole too
     data_options: SourceSettings = field(default_factory=SourceSettings)
 
@@ -44,6 +42,7 @@ class LargeRun(SpeedRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "photograph_size")
+        each_at_least_one(self, "image_sizes")
         require(bool(self.tile_overlaps), "tile_overlaps=[]", "hold at least one number of pixels")
 
 

@@ -3,7 +3,8 @@
 All have the same codes and latents and are called as their users call them. Search: from latents to codes and indices
 in eval mode. Training step: the same with the losses, the gradient of the latents through the straight-through
 estimator and the codebook's statistics; diffusers' class has no EMA codebook, it learns by gradient, which is timed in
-its place. Floor: our search alone, without lookup and losses, beside the bare product of latents and codes.
+its place. Floors: our search alone, without lookup and losses, beside the bare product of latents and codes and
+beside what the rates of arithmetic and memory would make of it.
 Shapes: B pictures, D codebook_dim, h w grid sides, K codebook_size, N = B*h*w vectors.
 """
 
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
+from floors import floors, machine_calls, machine_rates, work_of
 from recording import ROOT, command_line, record, tell
-from stopwatch import SpeedRun, four, interleaved, peak_memory, speedup, spread
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
@@ -29,7 +31,7 @@ PEERS = ("diffusers", "vector-quantize-pytorch")
 
 
 @dataclass
-class SearchRun(SpeedRun):
+class SearchRun(DeviceRun):
     """Settings of benchmarks/speed.py search."""
 
     codebook_sizes: list[int] = field(default_factory=lambda: [512, 4096, 16384, 262144])  # K
@@ -40,6 +42,7 @@ class SearchRun(SpeedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        each_at_least_one(self, "codebook_sizes", "codebook_dims")
         require(self.max_vectors >= GRID**2, f"max_vectors={self.max_vectors}", f"be at least {GRID**2}, a picture")
 
 
@@ -47,16 +50,18 @@ def main(config: SearchRun, root: Path = ROOT) -> None:
     """Measure every size and write results/speed_search.json under `root`."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    rows = []
+    rows, rates = [], machine_rates(interleaved(machine_calls(config.device), config.rounds, config.seconds))
     for size in config.codebook_sizes:
         for dim in config.codebook_dims:
             tell(f"{size} codes of {dim} components")
-            rows.append(row_of(size, dim, config))
+            rows.append(row_of(size, dim, rates, config))
     command = command_line("speed", "search", asdict(config), asdict(SearchRun()), ())
-    record("speed_search", {"command": command, "settings": asdict(config), "rows": rows}, root)
+    record(
+        "speed_search", {"command": command, "settings": asdict(config), "rates_per_second": rates, "rows": rows}, root
+    )
 
 
-def row_of(size: int, dim: int, config: SearchRun) -> dict[str, Any]:
+def row_of(size: int, dim: int, rates: dict[str, float], config: SearchRun) -> dict[str, Any]:
     """Everything measured of K = size and D = dim."""
     num_images = max(1, min(config.max_vectors, config.max_scores // size) // GRID**2)
     latents = torch.randn(num_images, dim, GRID, GRID, device=config.device)
@@ -73,7 +78,8 @@ def row_of(size: int, dim: int, config: SearchRun) -> dict[str, Any]:
         "vectors": len(vectors),
         "same_codes": {name: four((chosen[name] == chosen["ours"]).float().mean().item()) for name in PEERS},
         "search": compared(searches, len(vectors), config),
-        "floor": compared(alone, len(vectors), config),
+        "alone": compared(alone, len(vectors), config),
+        "floor_vectors_per_second": floors(work_of(alone["ours"]), rates, len(vectors)),
         "training": compared(trainings, len(vectors), config),
     }
 

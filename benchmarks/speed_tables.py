@@ -2,6 +2,7 @@
 
 from typing import Any
 
+FLOORS = "of what arithmetic, memory allow"
 LUCIDRAINS = "vector-quantize-pytorch"
 
 
@@ -9,7 +10,7 @@ def search_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A line of each size of codebook."""
     rows = []
     for row in result["rows"]:
-        search, training, floor = row["search"], row["training"], row["floor"]
+        search, training, alone = row["search"], row["training"], row["alone"]
         rows.append(
             {
                 "codes": f"{row['codebook_size']:,}",
@@ -17,7 +18,8 @@ def search_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                 "vectors/s": f"{search['ours']['vectors_per_second']['median']:,.0f}",
                 "against diffusers": times(search["diffusers"]["ours_is_faster"]),
                 "against vector-quantize-pytorch": times(search[LUCIDRAINS]["ours_is_faster"]),
-                "search alone against the bare product": times(floor["product"]["ours_is_faster"]),
+                "search alone against the bare product": times(alone["product"]["ours_is_faster"]),
+                FLOORS: of_floors(alone["ours"]["vectors_per_second"], row["floor_vectors_per_second"]),
                 "peak memory: ours, diffusers, vector-quantize-pytorch (MiB)": ", ".join(
                     mebibytes(search[name]["peak_memory"]) for name in ("ours", "diffusers", LUCIDRAINS)
                 ),
@@ -35,7 +37,7 @@ def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     for row in result["rows"]:
         for part in ("encode", "decode"):
             measured = row[part]
-            each, shares = measured["each"], measured["share_of_peak"]
+            each = measured["each"]
             rows.append(
                 {
                     "parameters": f"{row['parameters'] / 1e6:.0f}M",
@@ -45,9 +47,11 @@ def codec_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                     "fast, images/s": f"{each['ours, fast']['images_per_second']['median']:.3g}",
                     "against diffusers at its best": f"{times(measured['fastest'])} ({measured['fastest']['peer']})",
                     "against diffusers as documented": times(measured["documented"]),
-                    "share of the peak: float32, fast": ", ".join(
-                        f"{shares[name]['median']:.0%}" for name in ("float32", "bfloat16")
-                    ),
+                    "bfloat16 throughout, against its best": times(measured["bfloat16"]),
+                    **{
+                        f"{FLOORS}: {mode}": of_floors(ours["images_per_second"], ours["floor_images_per_second"])
+                        for mode, ours in (("float32", each["ours"]), ("fast", each["ours, fast"]))
+                    },
                 }
             )
     return rows
@@ -74,10 +78,8 @@ def generation_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A line of each grid, type and batch."""
     rows = []
     for row in result["rows"]:
-        each, floors = row["each"], row["floors"]
+        each = row["each"]
         rate = each["ours"]["tokens_per_second"]["median"]
-        floor = min(("memory", "arithmetic"), key=lambda name: floors[f"{name}_tokens_per_second"])
-        limit = floors[f"{floor}_tokens_per_second"]
         rows.append(
             {
                 "grids": f"{row['batch']} of {row['grid_side']} x {row['grid_side']}",
@@ -85,7 +87,7 @@ def generation_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                 "tokens/s": f"{rate:,.0f}",
                 "against Llama in transformers": f"{times(row['against_peer'])} ({row['against_peer']['peer']})",
                 "guidance takes": times(row["cost_of_guidance"]),
-                "of the floor": f"{rate / limit:.0%} of {limit:,.0f} ({floor})",
+                FLOORS: of_floors(each["ours"]["tokens_per_second"], row["floor_tokens_per_second"]),
                 "peak memory: ours, the peer (MiB)": ", ".join(
                     mebibytes(each[name]["peak_memory"]) for name in ("ours", row["against_peer"]["peer"])
                 ),
@@ -140,7 +142,7 @@ def training_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A line of each model: its speed beside the peer's, what bounds it, and where its time goes."""
     rows = []
     for row in result["rows"]:
-        speeds, shares = row["images_per_second"], row["share_of_peak"]
+        speeds = row["images_per_second"]
         rows.append(
             {
                 "`train/vqvae.py`": f"`{row['model']}`",
@@ -148,7 +150,7 @@ def training_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                 "images/s": f"{speeds['ours']['median']:,.3g}",
                 "against the plain loop in float32": times(row["float32"]),
                 "against its best": f"{times(row['fastest'])} ({row['fastest']['peer']})",
-                "share of the peak: float32, bfloat16": f"{shares['float32']:.0%}, {shares['bfloat16']:.0%}",
+                FLOORS: of_floors(speeds["ours"], row["floor_images_per_second"]),
                 "loader alone, images/s": f"{row['loader_images_per_second']['median']:,.3g}",
                 "share of time": ", ".join(f"{part} {share:.0%}" for part, share in row["shares_of_time"].items()),
             }
@@ -171,6 +173,11 @@ def dataset_rows(result: dict[str, Any]) -> list[dict[str, str]]:
         "against one": times(result["ranks_against_one"]),
     }
     return [cells]
+
+
+def of_floors(speeds: dict[str, float], allowed: dict[str, float]) -> str:
+    """What is reached of what each floor allows."""
+    return ", ".join(f"{speeds['median'] / allowed[name]:.0%}" for name in ("arithmetic", "memory"))
 
 
 def told_seconds(seconds: dict[str, float]) -> str:

@@ -2,8 +2,8 @@
 
 Ours is the step of train/vqvae.py with the settings of each model. The peer has the same encoder and decoder with the
 same weights, its layer as its README shows it for images, squared error and AdamW: in float32, in channels_last, and
-with bfloat16 besides; its best of all is the second that ours is held against. The work of forward and backward stands
-beside the peak of a large matrix product, measured in the same rounds, and the loader alone beside the step.
+with bfloat16 besides; its best of all is the second that ours is held against. Floors of arithmetic and memory stand
+beside the step, by rates of the same rounds, and the loader alone.
 Shapes: B batch, S image side.
 """
 
@@ -21,20 +21,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from floors import floors, machine_calls, machine_rates, work_of
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import (
-    SpeedRun,
-    finish,
-    flops,
-    four,
-    interleaved,
-    keep_freed_memory,
-    peaks,
-    products,
-    speedup,
-    spread,
-)
+from stopwatch import SpeedRun, finish, four, interleaved, keep_freed_memory, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
@@ -45,7 +35,7 @@ from train.config import parse
 from train.data import Batch, training_batches
 from train.evaluation import TokenizerExaminer
 from train.optimization import make_accelerator
-from train.settings import PHOTOGRAPHS, TokenizerRun, require
+from train.settings import PHOTOGRAPHS, TokenizerRun, at_least_one
 from train.sources import open_splits
 from train.step import TrainingStep
 
@@ -72,14 +62,12 @@ class TrainingSpeedRun(SpeedRun):
     named: str | None = None  # what the record calls the data; default: the setting `data`
     images: int = 1024  # JPEG files, and images that the loader reads for a figure
     profiled_steps: int = 8  # with the loader, of which the shares of time are taken
-    matrix: int = 2048  # side of the product that shows the peak
     seconds: float = 1.0  # that a figure is measured over, at least; one step is
     keep_memory: bool = False  # what is freed stays with the process, ours and the peer's: a record of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("images", "profiled_steps", "matrix"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "be at least 1")
+        at_least_one(self, "images", "profiled_steps")
 
 
 def main(config: TrainingSpeedRun, root: Path = ROOT) -> None:
@@ -104,11 +92,10 @@ def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]
     calls = {"ours": lambda: ours.step(batch)}
     for name, modes in PEER_MODES.items():
         calls[name] = Peer(ours.network, ours.run, **modes).bind(batch.crops)
-    seconds = interleaved(calls | products(config.matrix, config.device), config.rounds, config.seconds)
+    seconds = interleaved(calls | machine_calls(ours.accelerator.device), config.rounds, config.seconds)
     best = min(PEER_MODES, key=lambda name: sum(seconds[name]))
     size = len(batch.crops)
-    work, peak = ours.work(batch.crops), peaks(seconds, config.matrix)
-    reached = work / sorted(seconds["ours"])[config.rounds // 2]
+    work, rates = work_of(calls["ours"]), machine_rates(seconds)
     return {
         "model": words,
         "image_size": ours.run.image_size,
@@ -119,9 +106,9 @@ def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]
         "images_per_second": {name: spread([size / each for each in seconds[name]]) for name in ("ours", *PEER_MODES)},
         "float32": speedup(seconds["ours"], seconds["peer"]),
         "fastest": {"peer": best, **speedup(seconds["ours"], seconds[best])},
-        "flops_per_image": work // size,
-        "peak_flops": {name: four(each) for name, each in peak.items()},
-        "share_of_peak": {name: four(reached / each) for name, each in peak.items()},
+        "operations_per_image": work.operations.total() // size,
+        "rates_per_second": rates,
+        "floor_images_per_second": floors(work, rates, size),
         "shares_of_time": ours.shares_of_time(config.profiled_steps),
         "loader_images_per_second": spread([ours.loader_speed(config.images) for _ in range(config.rounds)]),
     }
@@ -158,13 +145,6 @@ class Training:
     def step(self, *batches: Batch) -> None:
         """The step in the middle of the run."""
         self.take_step(self.run.steps // 2, batches, self.examiner)
-
-    def work(self, crops: Tensor) -> int:
-        """Operations of a forward and a backward pass."""
-        done = flops(lambda: self.network(crops.float() / 255).reconstructions.sum().backward())
-        self.network.bottleneck.discard()
-        self.network.zero_grad()
-        return done
 
     def loader_speed(self, num_images: int) -> float:
         """Images a second of the crops alone, decoded for the first time, by the run's own workers."""

@@ -12,13 +12,10 @@ from typing import TypeVar
 
 import torch
 from recording import tell
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from train.settings import at_least_one, require
 
 MIN_ROUNDS = 5
-PEAKS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -32,12 +29,38 @@ class SpeedRun:
 
     rounds: int = 5  # figures of each, of which the median is taken
     threads: int = 1  # of each process
-    device: str = "cpu"
     seed: int = 0  # of everything random
 
     def __post_init__(self) -> None:
         require(self.rounds >= MIN_ROUNDS, f"rounds={self.rounds}", f"be at least {MIN_ROUNDS}")
         at_least_one(self, "threads")
+
+
+@dataclass
+class DeviceRun(SpeedRun):
+    """And of every part that does so on a device of its choice."""
+
+    device: str = "cpu"  # as torch names it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless something can be computed there."""
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} cannot be used ({reason}); `cpu`, or one that torch sees") from None
+
+
+def each_at_least_one(config: object, *names: str) -> None:
+    """Raise ValueError unless these settings are lists of numbers of at least 1."""
+    for name in names:
+        values = getattr(config, name)
+        require(bool(values) and min(values) >= 1, f"{name}={values}", "hold numbers of at least 1, one or more")
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -80,27 +103,6 @@ def finish() -> None:
     """Wait for what a GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def products(side: int, device: str) -> dict[str, Callable[[], Tensor]]:
-    """A matrix product of so many rows and columns in each type, to be timed beside what is held against the peak."""
-    calls = {}
-    for name, dtype in PEAKS.items():
-        matrix = torch.randn(side, side, device=device).to(dtype)
-        calls[f"product, {name}"] = lambda matrix=matrix: matrix @ matrix
-    return calls
-
-
-def peaks(seconds: dict[str, list[float]], side: int) -> dict[str, float]:
-    """Operations a second of each type, by the fastest of its `products`."""
-    return {name: 2 * side**3 / min(seconds[f"product, {name}"]) for name in PEAKS}
-
-
-def flops(call: Callable[[], object]) -> int:
-    """Operations of a call, those of matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def spread(figures: list[float]) -> dict[str, float]:

@@ -5,12 +5,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from recording import ROOT
 from speed_tables import agreement_rows, codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
 from speed_tables import generation_rows as speed_generation_rows
 
+from tokenizer.pretrained import written_whole
 from train.counting import told_usage
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -150,7 +151,9 @@ def reference_rows(result: dict[str, Any]) -> list[dict[str, str]]:
         spread = "" if model["deviation"] is None else f" ± {model['deviation']:.4f}"
         rows.append(
             {
-                "model": "the example" if model["model"] == "reference" else f"`train/vqvae.py {model['model']}`",
+                "model": model["model"].replace("reference", "the example", 1)
+                if model["model"].startswith("reference")
+                else f"`train/vqvae.py {model['model']}`",
                 "test NMSE": f"{model['test_nmse']:.4f}{spread}",
                 "under the first": f"{model['under_the_first']:.1%}" if rows else "-",
                 "test PSNR": f"{means['test_psnr']:.2f} dB",
@@ -390,4 +393,6 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    text = with_tables(README.read_text())
+    with written_whole(README) as part:
+        part.write_text(text)

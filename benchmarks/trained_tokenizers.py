@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, ClassVar
@@ -21,17 +21,17 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from labelled_images import content_hash, picture_batches
-from recording import ROOT, circumstances, num_parameters, public_settings, refusals, tell
+from recording import ROOT, as_yaml, circumstances, num_parameters, public_settings, refusals, tell
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
 from tokenizer.pretrained import written_whole
 from train.checkpoint import SETTINGS_NAME
-from train.config import UserError, parse
+from train.config import UserError, differences, parse
 from train.counting import TokenCounts
 from train.progress import METRICS_NAME
 from train.settings import SourceSettings, ThreadSettings, TokenizerRun, require
-from train.sources import open_splits, reading
+from train.sources import load_splits, open_splits, reading
 
 CODES_IN_USE = ("usage", "codes_seen", "num_tokens", "perplexity", "tokens_per_code")  # what TokenCounts may tell
 
@@ -47,11 +47,11 @@ class TrainedRun:
     split: str = "train"
     eval_split: str | None = None  # split to measure on; default: validation, else test
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    seed: int = 0  # of what is held out where there is no other split
     data_options: SourceSettings = field(default_factory=SourceSettings)
     speed: ThreadSettings = field(default_factory=ThreadSettings)
 
     streaming: ClassVar[bool] = False  # all pictures are held in memory
+    seed: ClassVar[int] = 0  # nothing is held out
 
     def __post_init__(self) -> None:
         require(bool(self.seeds), "seeds=[]", "hold at least one number")
@@ -63,31 +63,46 @@ class Pictures:
     test: Tensor  # uint8 (N, C, S, S)
     variance: float  # of the training pixels on the [0, 1] scale
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 (hex) of each split."""
+        return {"train": content_hash(self.train), "test": content_hash(self.test)}
+
     def protocol(self, config: TrainedRun) -> dict[str, Any]:
         """What stands in the record about the measuring."""
         return {
             "settings": public_settings(config),
-            "train": {"images": len(self.train), "sha256": content_hash(self.train), "variance": self.variance},
-            "test": {"images": len(self.test), "sha256": content_hash(self.test)},
+            "train": {"images": len(self.train), "sha256": self.hashes["train"], "variance": self.variance},
+            "test": {"images": len(self.test), "sha256": self.hashes["test"]},
             "nmse": "mean squared error of test pictures, clamped to [0, 1], over the variance of training pixels",
         }
 
 
 def read_pictures(config: TrainedRun, channels: int, side: int) -> Pictures:
-    """Every picture of both splits."""
+    """Every picture of both splits; UserError where there is one alone.
+
+    Each seed of a training program would hold out others from it, and train on those that are measured here.
+    """
     tell(f"reading {config.data}")
     options = {"channels": channels, "side": side, "limit": None, "batch_size": 1000, "rank": 0, "num_ranks": 1}
     with reading(config.data):
+        if load_splits(config)[1] is None:
+            raise UserError(
+                f"data={config.data} has no split but {config.split}; name one to measure on: eval_split=..."
+            )
         train, test = (
             torch.cat([batch for _, batch in picture_batches(source, **options)]) for source in open_splits(config)
         )
     return Pictures(train, test, (train.double() / 255).var(correction=0).item())
 
 
-def figures_of_all(folder: Path, makers: dict[str, Maker], seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+def figures_of_all(
+    folder: Path, makers: dict[str, Maker], seeds: list[int], pictures: Pictures
+) -> dict[str, list[dict[str, Any]]]:
     """The figures of each model, a mapping for each seed; what a finished model left under `folder` is read from there.
 
-    All models of one seed, then the next: a run that is cut short still compares.
+    All models of one seed, then the next: a run that is cut short still compares. UserError for what was measured on
+    other pictures.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
@@ -95,10 +110,13 @@ def figures_of_all(folder: Path, makers: dict[str, Maker], seeds: list[int]) -> 
             path = folder / f"{folder_name(model)}_{seed}"
             if not (path / "figures.json").is_file():
                 tell(f"{model}, seed {seed}")
-                figures = make(path, seed)
+                figures = make(path, seed) | {"pictures": pictures.hashes}
                 with written_whole(path / "figures.json") as part:
                     part.write_text(json.dumps(figures))
-            rows.setdefault(model, []).append(json.loads((path / "figures.json").read_text()))
+            figures = json.loads((path / "figures.json").read_text())
+            if figures.get("pictures") != pictures.hashes:
+                raise UserError(f"{path} was trained and measured on other pictures; another NAME, or move it away")
+            rows.setdefault(model, []).append(figures)
     return rows
 
 
@@ -116,31 +134,47 @@ def check_unconditional(arguments: str) -> None:
 
 def train_ours(arguments: str, pictures: Pictures, config: TrainedRun, path: Path, seed: int) -> dict[str, Any]:
     """Train by the training program with a seed, or go on with it; its figures."""
-    given = {"data": config.data, "split": config.split, "seed": seed, "output_dir": path / "run"}
+    changed = differences(asdict(config.data_options), asdict(SourceSettings()), "data_options.")
+    given = {key: value for key, (value, _) in changed.items()}
+    given |= {"data": config.data, "split": config.split, "seed": seed, "output_dir": str(path / "run")}
     if config.speed.threads:
         given["speed.threads"] = config.speed.threads
-    words = [f"{key}={value}" for key, value in given.items()]
+    words = [f"{key}={as_yaml(value)}" for key, value in given.items()]
     path.mkdir(parents=True, exist_ok=True)
-    watched = [sys.executable, "benchmarks/peak_memory.py", path / "peak_memory"]
-    begun = time.perf_counter()
-    command = [*watched, "accelerate", "launch", "train/vqvae.py", *shlex.split(arguments), *words]
-    done = subprocess.run(command, cwd=ROOT)
-    seconds = time.perf_counter() - begun
-    if done.returncode:
-        raise UserError(f"{arguments} could not be trained (exit code {done.returncode}); its own words stand above")
+    exit_code, spent = launched(["accelerate", "launch", "train/vqvae.py", *shlex.split(arguments), *words], path)
+    if exit_code:
+        raise UserError(f"{arguments} could not be trained (exit code {exit_code}); its own words stand above")
     with refusals():
         tokenizer = ImageTokenizer.from_pretrained(path / "run")
     return {
         **measured(partial(reconstructed, tokenizer), pictures, tokenizer.vocab_size),
         "parameters": num_parameters(tokenizer),
         "quantizer": tokenizer.config.quantizer["name"],
-        "seconds": round(seconds, 1),
+        "seconds": round(spent["seconds"], 1),
         "training_crops": counted_on_crops(path / "run"),
         "steps_per_second": steps_per_second(path / "run"),
-        "peak_memory": int((path / "peak_memory").read_text()),  # bytes, of the largest process
+        "peak_memory": spent["peak_memory"],  # bytes, of the largest process
         "memory_of_scores": memory_of_scores(path / "run", tokenizer),
         "made_with": circumstances(),
     }
+
+
+def launched(command: list[str], path: Path) -> tuple[int, dict[str, Any]]:
+    """The exit code of a command, and the seconds and the most memory of all its launches for this folder.
+
+    A launch that is killed with this program is not among them.
+    """
+    kept, spent = path / "spent.json", {"seconds": 0.0, "peak_memory": 0}
+    if kept.is_file():
+        spent = json.loads(kept.read_text())
+    begun = time.perf_counter()
+    watched = [sys.executable, "benchmarks/peak_memory.py", str(path / "peak_memory")]
+    done = subprocess.run([*watched, *command], cwd=ROOT)
+    spent["seconds"] += time.perf_counter() - begun
+    spent["peak_memory"] = max(spent["peak_memory"], int((path / "peak_memory").read_text()))
+    with written_whole(kept) as part:
+        part.write_text(json.dumps(spent))
+    return done.returncode, spent
 
 
 def reconstructed(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:

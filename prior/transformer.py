@@ -118,14 +118,18 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=2), values.flatten(0, 1)).view_as(queries)
 
 
+def inner_width(width: int) -> int:
+    """Of the feed-forward layers: 8/3 of the width (Llama), in multiples of 256 (LlamaGen)."""
+    return -(-8 * width // (3 * 256)) * 256
+
+
 class SwiGLU(nn.Module):
-    """Shazeer 2020, arXiv:2002.05202, equation 6, 8/3 times as wide inside (Llama), in multiples of 256 (LlamaGen)."""
+    """Shazeer 2020, arXiv:2002.05202, equation 6, `inner_width` wide inside."""
 
     def __init__(self, width: int):
         super().__init__()
-        inner_width = -(-8 * width // (3 * 256)) * 256
-        self.expand = nn.Linear(width, 2 * inner_width, bias=False)
-        self.project = nn.Linear(inner_width, width, bias=False)
+        self.expand = nn.Linear(width, 2 * inner_width(width), bias=False)
+        self.project = nn.Linear(inner_width(width), width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, value = self.expand(hidden).chunk(2, dim=-1)

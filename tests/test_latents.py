@@ -115,3 +115,23 @@ def test_weights_that_cannot_be_are_refused():
     for betas in ([], [0.0, 1.0]):
         with pytest.raises(ValueError, match="betas=.* must hold weights above 0"):
             LatentsRun(betas=betas)
+
+
+def test_a_training_that_was_asked_to_stop_ends_the_program_and_leaves_no_figures(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(latents, "train_model", asked.append)
+    monkeypatch.setattr(latents, "write_data", lambda *given: None)
+    latents.main("few", LatentsRun(betas=[0.5, 2.0], shared=SMALL), tmp_path)
+    assert len(asked) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_a_file_of_pictures_is_not_taken_for_one(tmp_path, monkeypatch):
+    def killed(self: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latents.datasets.Dataset, "to_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        latents.write_data(all_shapes(), tmp_path / "shapes")
+    assert not list((tmp_path / "shapes").iterdir())

@@ -81,14 +81,14 @@ def test_the_comparison_trains_each_model_once_and_records_all_of_them(colours, 
     main("colours", arguments(colours, model, steps=2), tmp_path)
     path = tmp_path / "benchmarks/results/reference_vqvae_colours.json"
     written = json.loads(path.read_text())
-    assert [row["model"] for row in written["models"]] == ["reference", model]
+    assert [row["model"] for row in written["models"]] == ["reference steps=2", model]
     assert all(run["test_nmse"] > 0 for row in written["models"] for run in row["runs"])
     assert str(colours) not in json.dumps(written)
     settings = (tmp_path / "runs/colours" / f"{folder_name(model)}_3" / "run/run.yaml").read_text()
     assert "learning_rate: 0.002" in settings
     assert "seed: 3" in settings
     example, ours = tables.reference_rows(written)
-    assert example["parameters"] == "662,723"
+    assert (example["model"], example["parameters"]) == ("the example steps=2", "662,723")
     assert "learning_rate=0.002" in ours["model"]
     assert ours["under the first"].endswith("%")
 

@@ -20,6 +20,7 @@ from train.token_store import TokenStore
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
+import floors
 import speed_agreement
 import speed_codec
 import speed_dataset
@@ -41,6 +42,13 @@ from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
 
 
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """What tells the rates of the machine is not what these tests are about."""
+    monkeypatch.setattr(floors, "PRODUCT", 16)
+    monkeypatch.setattr(floors, "COPIED", 2**20)
+
+
 def recorded(root: Path, name: str) -> dict:
     return json.loads((root / f"benchmarks/results/{name}.json").read_text())
 
@@ -54,8 +62,8 @@ def test_the_search_is_measured_beside_its_peers_and_put_into_the_table(tmp_path
     for row in written["rows"]:
         assert min(row["same_codes"].values()) > 0.99
         assert row["search"].keys() == row["training"].keys() == {"ours", *speed_search.PEERS}
-        assert row["floor"].keys() == {"ours", "product"}
-        for figures in (row["search"]["ours"], row["floor"]["product"]):
+        assert row["alone"].keys() == {"ours", "product"}
+        for figures in (row["search"]["ours"], row["alone"]["product"]):
             speed = figures["vectors_per_second"]
             assert 0 < speed["low"] <= speed["median"] <= speed["high"]
     rows = speed_tables.search_rows(written)
@@ -65,7 +73,7 @@ def test_the_search_is_measured_beside_its_peers_and_put_into_the_table(tmp_path
 def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path, monkeypatch):
     tiny = speed_codec.Architecture(16, (32, 32), 1, True, latent_channels=8, codebook_dim=4, codebook_size=32)
     monkeypatch.setitem(speed_codec.ARCHITECTURES, "tiny", tiny)
-    settings = ["models=[tiny]", "max_pixels=512", "compiled=false", "matrix=16"]  # a compiler may not be there
+    settings = ["models=[tiny]", "max_pixels=512", "compiled=false"]  # a compiler may not be there
     speed_codec.main(parse(CodecRun, settings), tmp_path)
     written = recorded(tmp_path, "speed_codec")
     (row,) = written["rows"]
@@ -73,9 +81,9 @@ def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path, 
     assert row["tokens_that_differ"] == 0
     assert row["largest_difference_of_pixels"] < 1e-4
     for part in ("encode", "decode"):
-        assert len(row[part]["each"]) == 5
+        assert len(row[part]["each"]) == 6
         assert row[part]["fastest"]["peer"].startswith("diffusers")
-    work = row["decode"]["flops_per_image"]
+    work = {name: mode.get("operations_per_image") for name, mode in row["decode"]["each"].items()}
     assert work["ours"] < work["diffusers"]  # upsampling
     assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode 2 of 16 px", "decode 2 of 16 px"]
 
@@ -93,8 +101,7 @@ def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(token
     assert tables.markdown(speed_tables.agreement_rows(written)).count("\n") == 2
 
 
-def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed_generation, "COPIED", 2**20)
+def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path):
     settings = ["width=32", "num_layers=1", "num_heads=2", "vocab_size=16", "grid_sides=[2]", "batch_sizes=[1,2]"]
     speed_generation.main(parse(GenerationRun, settings), tmp_path)
     written = recorded(tmp_path, "speed_generation")
@@ -104,7 +111,7 @@ def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path, 
     for row in written["rows"]:
         assert row["each"].keys() == {"ours", "ours, guided", *speed_generation.CACHES}
         assert row["against_peer"]["peer"] in speed_generation.CACHES
-        assert min(row["floors"].values()) > 0
+        assert min(row["floor_tokens_per_second"].values()) > 0
     rows = speed_tables.generation_rows(written)
     assert tables.markdown(rows).count("\n") == 5
 
@@ -191,7 +198,7 @@ def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     model = "image_size=16 batch_size=4 num_workers=0 steps=10 model.autoencoder.base_channels=8"
     settings = [f"models=['{model}','{model} mixed_precision=bf16']", "images=8", "profiled_steps=2"]
-    speed_training.main(parse(TrainingSpeedRun, [*settings, "matrix=16", "seconds=0"]), tmp_path)
+    speed_training.main(parse(TrainingSpeedRun, [*settings, "seconds=0"]), tmp_path)
     written = recorded(tmp_path, "speed_training")
     assert [row["mixed_precision"] for row in written["rows"]] == ["no", "bf16"]
     for row in written["rows"]:
@@ -199,7 +206,7 @@ def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_
         assert row["fastest"]["median"] > 0
         assert sum(row["shares_of_time"].values()) == pytest.approx(1, abs=0.01)
         assert min(row["shares_of_time"].values()) > 0
-    assert written["rows"][0]["flops_per_image"] == written["rows"][1]["flops_per_image"] > 0
+    assert written["rows"][0]["operations_per_image"] == written["rows"][1]["operations_per_image"] > 0
     cells = speed_tables.training_rows(written)
     assert len(cells) == 2
     assert "decoder" in cells[0]["share of time"]
@@ -221,6 +228,29 @@ def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
     written = {"settings": asdict(DatasetRun()), "images_per_second": speeds, "parameters": 11e6, "cores": 2}
     (cells,) = speed_tables.dataset_rows(written | {"share_of_encode_alone": share, "ranks_against_one": share})
     assert cells["share"] == "85% (80% to 90%)"
+
+
+def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_writes():
+    left, right = torch.randn(4, 6), torch.randn(6, 8)
+    work = floors.work_of(lambda: (left @ right).relu())
+    assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
+    assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
+    layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
+    both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
+    assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient
+    assert floors.work_of(lambda: left.T.reshape(24)[:3]).bytes == 2 * 4 * 24  # of views alone nothing is read
+
+
+def test_floors_are_what_the_rates_make_of_the_work():
+    seconds = {"copy": [2.0, 1.0], "product, float32": [1.0, 0.5], "product, bfloat16": [0.25, 0.25]}
+    rates = floors.machine_rates(seconds)
+    assert rates == {"float32": 2 * 16**3 / 0.5, "bfloat16": 2 * 16**3 / 0.25, "bytes": 2 * 2**20}
+    work = floors.Work()
+    work.operations.update({torch.float32: 2 * 16**3, torch.bfloat16: 2 * 16**3})
+    work.bytes = 2**20
+    allowed = floors.floors(work, rates, 3)
+    assert allowed == {"arithmetic": 3 / 0.75, "memory": 3 / 0.5}
+    assert speed_tables.of_floors({"median": 1.0}, allowed) == "25%, 17%"
 
 
 def test_methods_are_clocked_inside_the_block_alone():

@@ -8,9 +8,24 @@ import pytest
 import torch
 from processes import run
 
+from train.config import UserError, parse
+from train.settings import TokenizerRun
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
 
-from trained_tokenizers import Pictures, counted_on_crops, measured, steps_per_second, summaries
+import trained_tokenizers
+from trained_tokenizers import (
+    Pictures,
+    TrainedRun,
+    counted_on_crops,
+    figures_of_all,
+    launched,
+    measured,
+    read_pictures,
+    steps_per_second,
+    summaries,
+    train_ours,
+)
 
 PEAK_MEMORY = str(Path(__file__).parents[1] / "benchmarks/peak_memory.py")
 MEGABYTE = 2**20
@@ -66,3 +81,50 @@ def test_the_peak_is_that_of_the_largest_process_below_and_not_of_the_caller(tmp
 def test_a_failing_command_fails_as_it_did(tmp_path, ending, code):
     command = [sys.executable, "-c", f"import os, sys; {ending}"]
     assert run([sys.executable, PEAK_MEMORY, str(tmp_path / "peak"), *command]).returncode == code
+
+
+def test_the_time_and_the_peak_of_several_launches_are_told_together(tmp_path):
+    spent = []
+    for size, code in ((100, 3), (0, 0)):
+        allocate = f"import sys; bytearray({size} * 2**20); sys.exit({code})"
+        exit_code, told = launched([sys.executable, "-c", allocate], tmp_path)
+        assert exit_code == code
+        spent.append(told)
+    first, both = spent
+    assert both["seconds"] > first["seconds"] > 0
+    assert both["peak_memory"] == first["peak_memory"] > 100 * MEGABYTE
+
+
+def test_what_was_measured_on_other_pictures_is_refused(tmp_path):
+    made = []
+
+    def make(path: Path, seed: int) -> dict[str, int]:
+        path.mkdir(parents=True)
+        made.append(seed)
+        return {"seed": seed}
+
+    pictures = Pictures(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 1.0)
+    for _ in range(2):
+        rows = figures_of_all(tmp_path, {"mine": make}, [3, 4], pictures)
+        assert [row["seed"] for row in rows["mine"]] == made == [3, 4]
+    others = Pictures(pictures.train + 1, pictures.test, 1.0)
+    with pytest.raises(UserError, match="mine_3 was trained and measured on other pictures"):
+        figures_of_all(tmp_path, {"mine": make}, [3], others)
+
+
+def test_pictures_that_a_seed_would_train_on_are_not_measured(colours):
+    config = parse(TrainedRun, [f"data={colours / 'train'}"])
+    with pytest.raises(UserError, match=r"has no split but train; name one to measure on: eval_split="):
+        read_pictures(config, channels=3, side=8)
+    assert len(read_pictures(parse(TrainedRun, [f"data={colours}"]), channels=3, side=8).test) == 8
+
+
+def test_the_training_program_reads_the_data_as_the_measuring_does(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(trained_tokenizers, "launched", lambda command, path: (commands.append(command), (1, {}))[1])
+    config = parse(TrainedRun, ["data=org/name", "data_options.image_column=a b", "data_options.subset=small"])
+    with pytest.raises(UserError, match="steps=3 could not be trained"):
+        train_ours("steps=3", None, config, tmp_path, 5)
+    run = parse(TokenizerRun, commands[0][commands[0].index("train/vqvae.py") + 1 :])
+    assert (run.data_options.image_column, run.data_options.subset) == ("a b", "small")
+    assert (run.data, run.seed, run.steps) == ("org/name", 5, 3)

@@ -151,8 +151,9 @@ def complete_choices(merged: DictConfig) -> None:
 
 def help_text(config_class: type) -> str:
     """Every key with its default and its comment, one a line."""
-    program = config_class.__doc__.split()[2].rstrip(".")
-    lines = [f"usage: accelerate launch {program} [preset.yaml] [key=value ...]", ""]
+    program = re.match(r"Settings of (\S+\.py[ \w]*)", config_class.__doc__).group(1)  # and words before the settings
+    launcher = "accelerate launch" if program.startswith("train/") else "python"
+    lines = [f"usage: {launcher} {program} [preset.yaml] [key=value ...]", ""]
     for key, default, comment in settings_of(config_class):
         lines.append(
             f"  {key}={'null' if default is None else default}".ljust(48) + (f"  {comment}" if comment else "")

@@ -1,0 +1,76 @@
+"""Two floors for a time: the products of a call at the rate of a large one, its traffic at the rate of a large copy.
+
+Traffic is what every operation reads and writes, once each. What the processor's own cache still holds comes faster, so
+that small tensors may go below the second floor.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stopwatch import four
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+PRODUCT = 2048  # rows and columns of the matrices
+COPIED = 2**28  # bytes, more than a processor's own cache holds
+LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Work(TorchDispatchMode):
+    """Inside it: the operations of products and convolutions by type, and the bytes of all that is read and written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[torch.dtype] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        with self:
+            result = operation.decompose(*given, **options)
+        if result is not NotImplemented:
+            return result  # its parts have been counted
+        result = operation(*given, **options)
+        read = [result, *given[1:]] if operation.overloadpacket in LOOKUPS else given  # of a table what is looked up
+        tensors = [leaf for leaf in tree_leaves((read, options, result)) if isinstance(leaf, Tensor)]
+        if not operation.is_view and "empty" not in operation.name():
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        count = flop_registry.get(operation.overloadpacket)
+        if count:
+            self.operations[tensors[0].dtype] += count(*given, **options, out_val=result)
+        return result
+
+
+def work_of(call: Callable[[], object]) -> Work:
+    """What one call does."""
+    with Work() as work:
+        call()
+    return work
+
+
+def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]:
+    """What tells the rates of the machine, to be timed in turns with what is held against them."""
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source)}
+    for name, dtype in DTYPES.items():
+        matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
+        calls[f"product, {name}"] = lambda matrix=matrix: matrix @ matrix
+    return calls
+
+
+def machine_rates(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Operations a second of each type and bytes a second, read and written, by the fastest of the `machine_calls`."""
+    rates = {name: four(2 * PRODUCT**3 / min(seconds[f"product, {name}"])) for name in DTYPES}
+    return rates | {"bytes": four(2 * COPIED / min(seconds["copy"]))}
+
+
+def floors(work: Work, rates: dict[str, float], items: int) -> dict[str, float]:
+    """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone."""
+    operations = sum(work.operations[dtype] / rates[name] for name, dtype in DTYPES.items())
+    return {"arithmetic": four(items / operations), "memory": four(items * rates["bytes"] / work.bytes)}

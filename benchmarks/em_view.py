@@ -76,6 +76,8 @@ def draw(path: Path, told: list[HalfStep], best: float) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].endswith(".png"):
+        sys.exit(__doc__)
     observations = generated()
     followed = half_steps(observations)
     highest = ProbabilisticPCA.at_the_maximum(observations, NUM_LATENTS).log_likelihood(observations)

@@ -25,7 +25,7 @@ from tokenizer.collapse import active_units
 from tokenizer.images import tensor_to_pil
 from tokenizer.metrics import psnr
 from tokenizer.posteriors.normal import gaussian_kl
-from tokenizer.pretrained import CONFIG_NAME, written_whole
+from tokenizer.pretrained import written_whole
 from tokenizer.unfilled import unfilled
 from train.config import UserError, parse
 from train.settings import VAERun, require
@@ -63,8 +63,6 @@ def main(name: str, config: LatentsRun, root: Path = ROOT) -> None:
     for beta, run in runs.items():
         tell(f"beta {beta:g}")
         train_model(run)
-        if not Path(run.output_dir, CONFIG_NAME).is_file():
-            return  # it was asked to stop
         vae = ImageVAE.from_pretrained(run.output_dir)
         mean, log_variance = (each.flatten(1) for each in vae.moments(shapes.pixels))  # (N, D): the grid is 1 x 1
         spaces.append(Space(f"beta {beta:g}", vae, shapes, mean, log_variance))

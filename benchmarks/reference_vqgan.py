@@ -30,7 +30,7 @@ from train.config import UserError, launch, to_yaml
 from train.data import training_batches
 from train.features import PerceptualDistance
 from train.optimization import share_threads
-from train.settings import PHOTOGRAPHS, DataSettings, ThreadSettings, TokenizerRun, at_least_one
+from train.settings import PHOTOGRAPHS, DataSettings, ThreadSettings, TokenizerRun, at_least_one, require
 from train.sources import open_sources
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.999), 1e-2, 1.0
@@ -66,6 +66,11 @@ class PeerRun:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "batch_size", "image_size")
+        smallest = 2 ** len(DISCRIMINATOR_WIDTHS)  # leaves the last norm of the discriminator a single place
+        require(self.image_size > smallest, f"image_size={self.image_size}", f"be above {smallest}")
+        groups, widths = 32, self.block_out_channels  # of VQModel's norms
+        fitting = bool(widths) and all(width > 0 and width % groups == 0 for width in widths)
+        require(fitting, f"block_out_channels={widths}", f"hold multiples of {groups}, one or more")
 
 
 class Discriminator(nn.Module):

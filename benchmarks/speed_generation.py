@@ -10,6 +10,7 @@ Shapes: B batch, T tokens of a grid.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def row_of(ours: AutoregressivePrior, peer: LlamaForCausalLM, batch: int, config
     } | {name: generating(peer, batch, num_tokens, cache) for name, cache in CACHES.items()}
     memory = {name: peak_memory(calls[name], config.device) for name in names}
     seconds = interleaved(calls | machine_calls(config.device), config.rounds, config.seconds)
-    best, machine = min(CACHES, key=lambda name: sum(seconds[name])), machine_rates(seconds)
+    best, machine = min(CACHES, key=lambda name: median(seconds[name])), machine_rates(seconds)
     rates = {name: [batch * num_tokens / each for each in seconds[name]] for name in names}
     return {
         "parameters": {"ours": num_parameters(ours), "transformers": num_parameters(peer)},

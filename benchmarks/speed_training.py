@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]
     for name, modes in PEER_MODES.items():
         calls[name] = Peer(ours.network, ours.run, **modes).bind(batch.crops)
     seconds = interleaved(calls | machine_calls(ours.accelerator.device), config.rounds, config.seconds)
-    best = min(PEER_MODES, key=lambda name: sum(seconds[name]))
+    best = min(PEER_MODES, key=lambda name: median(seconds[name]))
     size = len(batch.crops)
     work, rates = work_of(calls["ours"]), machine_rates(seconds)
     return {

@@ -105,7 +105,7 @@ class AutoregressivePrior(PretrainedModel):
         num_samples = number_of_samples(labels, num_samples, prefix)
         classes, prefix = self.classes(labels, num_samples), self.prefixes(prefix, num_samples)
         scales = self.guidance(guidance_scale)
-        if not isinstance(batch_size, Integral) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be at least 1; it bounds memory, not the number of grids")
         # Drawn at once, one number per token: see sampling.draw.
         device = "cpu" if generator is None else generator.device
@@ -240,7 +240,7 @@ class AutoregressivePrior(PretrainedModel):
             return torch.empty(num_samples, 0, dtype=torch.int64, device=self.device)
         prefix = whole_numbers("prefix tokens", prefix, self.config.vocab_size)
         shape = tuple(prefix.shape)
-        if len(shape) != 2 and (not row or shape[2:] != row):
+        if len(shape) < 2 or (len(shape) > 2 and (not row or shape[2:] != row)):
             rows = f" or first rows (B, n, {', '.join(map(str, row))})" if row else ""
             raise ValueError(f"prefix of shape {shape}; the rule is first tokens (B, n){rows}")
         prefix = prefix.flatten(1)
@@ -308,7 +308,7 @@ def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | 
     counts = {
         "labels": None if labels is None else tensor_of("labels", labels).numel(),
         "num_samples": num_samples,
-        "prefix": None if prefix is None else len(tensor_of("prefix", prefix).flatten(1)),
+        "prefix": None if prefix is None else len(torch.atleast_1d(tensor_of("prefix", prefix))),
     }
     counts = {name: count for name, count in counts.items() if count is not None}
     asked = ", ".join(f"{count} by {name}" for name, count in counts.items())

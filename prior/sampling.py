@@ -4,6 +4,7 @@ A setting that cannot be is a ValueError with the value, the rule and the way ou
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | No
 
 def with_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Logits of p^(1 / temperature), above 0: at 1 the distribution as it is, sharper below."""
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not (isinstance(temperature, Real) and temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature={temperature} must be a finite number above 0; for the most likely token give top_k=1"
+            f"temperature={temperature!r} must be a finite number above 0; for the most likely token give top_k=1"
         )
     return logits / temperature
 
@@ -41,8 +42,8 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
     Holtzman et al. 2019, arXiv:1904.09751, equation 2. Those equal to the last one kept stay too.
     """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]; 1 or None keeps all")
+    if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise ValueError(f"top_p={top_p!r} must lie in (0, 1]; 1 or None keeps all")
     if top_p == 1:
         return logits  # rounding of the sum below could cut a tail
     ordered, _ = logits.sort(descending=True)
@@ -81,9 +82,9 @@ def guidance_scales(guidance_scale: float | tuple[float, float], num_positions: 
     (Tian et al. 2024, arXiv:2404.02905), leaves the first tokens varied.
     """
     pair = guidance_scale if isinstance(guidance_scale, (tuple, list)) else (guidance_scale, guidance_scale)
-    if len(pair) != 2 or not all(scale >= 0 and math.isfinite(scale) for scale in pair):
+    if len(pair) != 2 or not all(isinstance(scale, Real) and scale >= 0 and math.isfinite(scale) for scale in pair):
         raise ValueError(
-            f"guidance_scale={guidance_scale} must be one number or (first, last), finite and at least 0; "
+            f"guidance_scale={guidance_scale!r} must be one number or (first, last), finite and at least 0; "
             f"1 is no guidance"
         )
     first, last = pair

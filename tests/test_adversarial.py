@@ -277,7 +277,7 @@ def test_a_nonfinite_term_of_the_discriminator_stops_the_run_by_its_name(
     spoil, guilty, picture_folder, tmp_path, monkeypatch
 ):
     poison(monkeypatch, 6, spoil)
-    with pytest.raises(RunError, match=f"step 6: {guilty} not finite; the checkpoint of step 5 is good"):
+    with pytest.raises(RunError, match=f"step 6: {guilty} not finite; the last checkpoint is of step 5"):
         train_here(picture_folder, tmp_path / "run", *HINGE)
 
 

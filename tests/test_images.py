@@ -297,9 +297,12 @@ def test_a_list_of_unequal_sizes_shares_a_batch_once_resized(tokenizer):
     assert torch.equal(tokenizer.encode(images, resize=8), expected)
 
 
-def test_arrays_and_tensors_are_never_resized(tokenizer):
+def test_arrays_and_tensors_are_never_resized_and_who_asks_for_it_is_told(tokenizer):
+    resizing = ImageTokenizer(tiny_config(resize=8)).eval()
     for images in (NOISE, chw(NOISE)):
-        assert tokenizer.encode(images, resize=8).shape == (1, 10, 12)
+        assert resizing.encode(images).shape == resizing.encode(images, resize=None).shape == (1, 10, 12)
+        with pytest.raises(ValueError, match="resize=8 is for PIL images; arrays and tensors are coded as they are"):
+            tokenizer.encode(images, resize=8)
 
 
 @pytest.mark.parametrize("channels", [3, 1])

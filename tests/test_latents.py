@@ -117,15 +117,6 @@ def test_weights_that_cannot_be_are_refused():
             LatentsRun(betas=betas)
 
 
-def test_a_training_that_was_asked_to_stop_ends_the_program_and_leaves_no_figures(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(latents, "train_model", asked.append)
-    monkeypatch.setattr(latents, "write_data", lambda *given: None)
-    latents.main("few", LatentsRun(betas=[0.5, 2.0], shared=SMALL), tmp_path)
-    assert len(asked) == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_half_a_file_of_pictures_is_not_taken_for_one(tmp_path, monkeypatch):
     def killed(self: object, path: Path) -> None:
         Path(path).write_bytes(b"half")

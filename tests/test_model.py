@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from tokenizer import ImageTokenizer, TokenizerConfig, image_model
+from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, image_model
 
 ANY_SIZE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EVERY_BLOCK = TINY_AUTOENCODER | {"attention_levels": [1], "middle_attention": True, "dropout": 0.5}
@@ -337,3 +337,23 @@ def test_the_fast_mode_is_the_model_itself_decodes_in_bfloat16_and_is_saved_in_f
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_a_subclass_loads_what_its_class_saved_and_no_other_class_does(tokenizer, tmp_path, monkeypatch):
+    class Named(ImageTokenizer):
+        def named(self) -> str:
+            return "mine"
+
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = Named.from_pretrained(tmp_path / "saved")
+    assert (type(loaded), loaded.named(), loaded.fingerprint) == (Named, "mine", tokenizer.fingerprint)
+    with pytest.raises(ValueError, match="describes a model of class ImageTokenizer; load it with ImageTokenizer"):
+        ImageVAE.from_pretrained(tmp_path / "saved")
+
+
+def test_a_path_from_home_is_a_folder_and_a_file_in_it_is_told_from_one(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert ImageTokenizer.from_pretrained("~/saved").fingerprint == tokenizer.fingerprint
+    with pytest.raises(FileNotFoundError, match=r"config.json is a file; pass the folder of a saved model, .*saved$"):
+        ImageTokenizer.from_pretrained(tmp_path / "saved/config.json")

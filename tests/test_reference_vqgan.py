@@ -74,3 +74,16 @@ def test_the_discriminator_gives_probabilities_of_patches():
     logits = Discriminator()(torch.rand(2, 3, 128, 192))
     assert logits.shape == (2, 1, 2, 3)
     assert logits.min() >= 0 and logits.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ("image_size=64", "image_size=64 must be above 64"),
+        ("block_out_channels=[48]", r"block_out_channels=\[48\] must hold multiples of 32"),
+        ("block_out_channels=[]", r"block_out_channels=\[\] must hold multiples of 32"),
+    ],
+)
+def test_sizes_that_the_networks_cannot_have_are_refused_before_anything_is_loaded(setting, rule):
+    with pytest.raises(UserError, match=rule):
+        parse(PeerRun, [setting])

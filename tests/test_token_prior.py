@@ -146,7 +146,7 @@ def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(
 def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, made, tmp_path):
     arguments = command(made, tmp_path / "run", "save_every=10")
     code, told = interrupt(arguments, signal.SIGTERM, at="step 6/10")
-    assert code == 0, told
+    assert code == 130, told
     assert "the same command goes on from there" in told
     done = run(arguments)
     assert done.returncode == 0, done.stderr

@@ -221,7 +221,12 @@ def without(values: dict, *keys: str) -> dict:
 
 def unfinished(folder: Path) -> None:
     (folder / INDEX_NAME).unlink()
-    (folder / "run.yaml").write_text("data: photographs\n")
+    (folder / "run.yaml").write_text("data: photographs\nrows_per_shard: 16\n")
+
+
+def of_a_training_run(folder: Path) -> None:
+    (folder / INDEX_NAME).unlink()
+    (folder / "run.yaml").write_text("data: photographs\nsteps: 700\n")
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -248,6 +253,7 @@ def shard_of_another_plan(folder: Path) -> None:
 
 BROKEN = [
     (remove(INDEX_NAME), FileNotFoundError, "has no tokens.json; pass the folder of a token store"),
+    (of_a_training_run, FileNotFoundError, "has no tokens.json; pass the folder of a token store"),
     (unfinished, FileNotFoundError, "unfinished token store; `accelerate launch train/encode_dataset.py .*run.yaml"),
     (rewrite_index(lambda index: index | {"format_version": 4}), ValueError, "format_version 4 .*upgrade"),
     (rewrite_index(lambda index: without(index, "format_version")), ValueError, "format_version None"),

@@ -1,6 +1,8 @@
 """The training program: real processes for kills, signals, ranks and disks; the rest in this one."""
 
+import errno
 import itertools
+import os
 import shutil
 import signal
 import sys
@@ -86,7 +88,7 @@ def test_a_run_killed_at_any_moment_and_started_again_equals_an_undisturbed_one(
 def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(undisturbed, picture_folder, tmp_path):
     arguments = command(picture_folder, tmp_path / "run", "save_every=10")
     code, told = interrupt(arguments, signal.SIGTERM, at="step 5/10")
-    assert code == 0, told
+    assert code == 130, told
     assert "the same command goes on from there" in told
     stopped_at = RunFolder(parse(TokenizerRun, [f"output_dir={tmp_path / 'run'}"])).saved_steps()
     assert len(stopped_at) == 1
@@ -149,7 +151,11 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(picture_fold
         (["optimizer.beta1=1.5"], "optimizer.beta1=1.5 must lie in [0, 1)"),
         (["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 must be finite and >= 0"),
         (["optimizer.max_grad_norm=-1"], "optimizer.max_grad_norm=-1.0 must be above 0"),
-        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["seed=-1"], "seed=-1 must lie in [0, 2^32)"),
+        (["seed=4294967296"], "seed=4294967296 must lie in [0, 2^32)"),
+        (["loss.reconstruction_weight=-1"], "loss.reconstruction_weight=-1.0 must be finite and >= 0"),
+        (["loss.perceptual_weight=nan"], "loss.perceptual_weight=nan must be finite and >= 0"),
+        (["mixed_precision=fp16"], "mixed_precision=fp16 changes nothing on a CPU"),
         (["speed.threads=0"], "speed.threads=0 must be at least 1, or null"),
         (["learning_rate=.inf"], "learning_rate=inf must be finite and above 0"),
         (["data_options.eval_images=-1"], "data_options.eval_images=-1 must be at least 1"),
@@ -320,11 +326,35 @@ def poison(monkeypatch, at_call: int, times: int = 1):
     monkeypatch.setattr(ReconstructionLoss, "forward", poisoned)
 
 
+def test_weights_that_grew_beyond_all_numbers_are_told_of_by_the_evaluation(picture_folder, tmp_path):
+    settings = ["learning_rate=1e30", "warmup_steps=0", "eval_every=1"]
+    with pytest.raises(RunError, match="validation pictures are decoded to NaN, the weights have grown too large"):
+        train_here(picture_folder, tmp_path / "run", *settings)
+
+
+def test_a_full_disk_is_one_line_and_any_other_error_is_not_hidden(tmp_path, monkeypatch, capsys):
+    def full(config: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "picture.png")
+
+    monkeypatch.setattr(sys, "argv", [PROGRAM])
+    with pytest.raises(SystemExit) as ended:
+        launch(full, TokenizerRun)
+    assert ended.value.code == 1
+    told = "error: No space left on device; make room, the same command goes on from what was saved\n"
+    assert capsys.readouterr().err == told
+
+    def missing(config: object) -> None:
+        raise FileNotFoundError("picture.png")
+
+    with pytest.raises(FileNotFoundError, match="picture.png"):
+        launch(missing, TokenizerRun)
+
+
 def test_a_nonfinite_loss_stops_the_run_naming_the_term_and_the_last_good_checkpoint(
     picture_folder, tmp_path, monkeypatch
 ):
     poison(monkeypatch, at_call=6)
-    with pytest.raises(RunError, match="step 6: l2 not finite; the checkpoint of step 5 is good; .*on_nonfinite=skip"):
+    with pytest.raises(RunError, match="step 6: l2 not finite; the last checkpoint is of step 5; .*on_nonfinite=skip"):
         train_here(picture_folder, tmp_path / "run")
 
 

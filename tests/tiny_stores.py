@@ -21,7 +21,7 @@ def settings(tokenizer: str, data: Path | str, output: Path, **changes: Any) -> 
 def encode(config: StoreRun) -> TokenStore:
     """The store that the program makes in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert encode_dataset(config, Accelerator(cpu=True))
+    encode_dataset(config, Accelerator(cpu=True))
     return TokenStore.open(config.output_dir)
 
 

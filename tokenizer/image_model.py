@@ -8,6 +8,7 @@ from abc import abstractmethod
 from numbers import Integral
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,6 +94,10 @@ class ImageModel(PretrainedModel):
         """What `encode` takes as float32 (B, C, H, W) in [0, 1] on the model's device; ValueError for anything else."""
         if resize == "config":
             resize = self.config.resize
+        elif resize is not None and isinstance(images, (np.ndarray, Tensor)):
+            raise ValueError(
+                f"resize={resize} is for PIL images; arrays and tensors are coded as they are, leave it out"
+            )
         if resize is not None:
             self.check_resize(resize)
         return to_batch(images, self.config.image_channels, self.downsample_factor, resize).to(self.device)

@@ -97,8 +97,8 @@ class ImageTokenizer(ImageModel):
         Takes a PIL image or a list of them, a uint8 array (H, W, C) or (B, H, W, C), or a tensor (C, H, W) or
         (B, C, H, W), uint8 or float in [0, 1]. PIL images are prepared as the config's `resize` says, or as the
         argument: the short side in pixels, then the centred square; None keeps the size and crops to a multiple of
-        the factor. Arrays and tensors are never resized. A conditional model needs `labels` (B,), an unconditional one
-        refuses them. Raises ValueError for anything else.
+        the factor. Arrays and tensors are never resized, to ask for it is an error. A conditional model needs `labels`
+        (B,), an unconditional one refuses them. Raises ValueError for anything else.
 
         With `tile_size` a large picture is encoded in squares of so many pixels a side, of which neighbours share
         `tile_overlap` or more, by default a quarter: memory no longer grows with the network's layers times the

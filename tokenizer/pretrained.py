@@ -258,7 +258,9 @@ class PretrainedModel(nn.Module):
 
         Raises FileNotFoundError where there is no such model, ValueError where its files are not what they must be.
         """
-        folder = Path(path_or_repo)
+        folder = Path(path_or_repo).expanduser()
+        if folder.is_file():
+            raise FileNotFoundError(f"{path_or_repo} is a file; pass the folder of a saved model, {folder.parent}")
         if not folder.is_dir():
             folder = download(str(path_or_repo), revision, token, cache_dir)
         model, weights = cls.from_config_file(folder / CONFIG_NAME), folder / WEIGHTS_NAME
@@ -287,7 +289,7 @@ class PretrainedModel(nn.Module):
             name, version = values.pop("model"), values.pop("format_version")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is not the config of a tokengrid model ({error!r})") from None
-        if name != cls.__name__:
+        if name not in [each.__name__ for each in cls.__mro__]:  # a subclass may add what changes nothing in the file
             raise ValueError(f"{path} describes a model of class {name}; load it with {name}.from_pretrained")
         config = cls.config_class.from_dict(values, version, str(path))
         return unfilled(lambda: cls(config))

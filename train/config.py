@@ -3,6 +3,7 @@
 defaults of a dataclass < preset YAML < key=value on the command line -> one typed, checked object -> run.yaml.
 """
 
+import errno
 import inspect
 import logging
 import os
@@ -38,8 +39,17 @@ class RunError(UserError):
     exit_code = 1
 
 
+class Stopped(Exception):
+    """A job was asked to end, has told so, and left its output as far as it came."""
+
+    exit_code = 130  # a shell's for Ctrl-C, so that what waits for the job's end does not go on
+
+
 def launch(main: Callable[[Any], None], config_class: type) -> None:
-    """Run a program on the command line's settings; a UserError becomes one line on stderr and the exit code."""
+    """Run a program on the command line's settings; a UserError becomes one line on stderr and the exit code.
+
+    A full disk does too: whatever is written is written whole or not at all, so that the same command goes on.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
@@ -47,6 +57,13 @@ def launch(main: Callable[[Any], None], config_class: type) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Stopped:
+        sys.exit(Stopped.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}; make room, the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(RunError.exit_code)
 
 
 def parse(config_class: type, arguments: list[str]) -> Any:

@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tokenizer import ImageTokenizer
 from tokenizer.pretrained import CARD_NAME, written_whole
 from train.checkpoint import SETTINGS_NAME, OutputFolder
-from train.config import RunError, UserError, launch
+from train.config import RunError, Stopped, UserError, launch
 from train.optimization import share_threads
 from train.progress import StopRequest
 from train.publishing import publish, reserve_repository
@@ -54,11 +54,11 @@ def main(config: StoreRun) -> None:
     accelerator.end_training()
 
 
-def encode_dataset(config: StoreRun, accelerator: Accelerator) -> bool:
+def encode_dataset(config: StoreRun, accelerator: Accelerator) -> None:
     """Make the store of the settings in `output_dir`, or what is missing of it, and publish it if they say so.
 
-    Whether it is complete; False where a signal ended the work. Raises UserError before anything is written for what
-    cannot be, RunError for what stops the work; the shards made until then are kept.
+    Raises UserError before anything is written for what cannot be, RunError for what stops the work, Stopped where a
+    signal did; the shards made until then are kept.
     """
     folder = StoreFolder(config)
     folder.check()
@@ -72,20 +72,18 @@ def encode_dataset(config: StoreRun, accelerator: Accelerator) -> bool:
         sources = dict(zip(SPLITS, open_splits(config), strict=True))
         check_classes(f"tokenizer={config.tokenizer}", tokenizer.config.num_classes, sources["train"], config.data)
         check_readable(sources["train"], config.data)
-        if not encode(config, folder, accelerator, tokenizer.to(accelerator.device), sources):
-            return False
+        encode(config, folder, accelerator, tokenizer.to(accelerator.device), sources)
     elif accelerator.is_main_process:
         log.info("%s holds the finished token store; another output_dir=... starts a new one", folder.path)
     if config.push_to_hub and accelerator.is_main_process:
         publish(folder.upload, folder)
     accelerator.wait_for_everyone()
-    return True
 
 
 def encode(
     config: StoreRun, folder: "StoreFolder", accelerator: Accelerator, tokenizer: ImageTokenizer, sources: Sources
-) -> bool:
-    """Make the missing shards, this rank its share of them; False where a signal to any rank ended that."""
+) -> None:
+    """Make the missing shards, this rank its share of them; Stopped where a signal to any rank ended that."""
     stamp = stamp_of(config, tokenizer, sources["train"].class_names)
     shards = plan_shards(sources, config.rows_per_shard)
     folder.check_shards(shards, stamp)
@@ -109,11 +107,10 @@ def encode(
     if accelerator.reduce(stopped, "sum") > 0:
         if accelerator.is_main_process:
             log.info("stopped by a signal; finished shards are in %s, the same command goes on", folder.path)
-        return False
+        raise Stopped
     if accelerator.is_main_process:
         folder.complete(shards, stamp, {split: isinstance(source.rows, Dataset) for split, source in sources.items()})
     accelerator.wait_for_everyone()
-    return True
 
 
 class StoreFolder(OutputFolder):

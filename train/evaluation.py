@@ -100,6 +100,16 @@ class Examiner(ABC):
         other = replace(self.config, seed=self.config.seed + 1)
         return training_batches(self.source, other, self.accelerator, 0, set())
 
+    @staticmethod
+    def psnr_of(decoded: Tensor, originals: Tensor) -> Tensor:
+        """PSNR (B,) of pictures (B, C, H, W); RunError where the network gives no numbers any more."""
+        if not decoded.isfinite().all():
+            raise RunError(
+                "validation pictures are decoded to NaN, the weights have grown too large; lower learning_rate or "
+                "optimizer.max_grad_norm (in another output_dir)"
+            )
+        return psnr(decoded, originals)
+
     def mean_over_pictures(self, totals: Tensor) -> list[float]:
         """Sums over pictures, the last of them their number, reduced over the ranks and divided by it."""
         *sums, number = self.accelerator.reduce(totals, "sum").tolist()
@@ -153,7 +163,8 @@ class TokenizerExaminer(Examiner):
         for images, labels in self.pictures(model):
             originals, size = images.float() / 255, tuple(images.shape[2:])
             reconstructions = model.decode(model.encode(images, labels=labels), size, labels).cpu()
-            scores, nats = psnr(reconstructions, originals), self.reconstruction_loss.nats(reconstructions, originals)
+            scores = self.psnr_of(reconstructions, originals)
+            nats = self.reconstruction_loss.nats(reconstructions, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), len(scores)], device=device)
         mean_psnr, mean_nats = self.mean_over_pictures(totals)
         num_codes, crops, num_tokens = model.quantizer.num_codes, self.crops(), 0

@@ -42,6 +42,8 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"mixed_precision={config.mixed_precision}: {error}") from None
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed_precision=fp16 changes nothing on a CPU, which has no such arithmetic; bf16, or no")
     share_threads(accelerator, config.speed)
     return accelerator
 
@@ -201,7 +203,7 @@ class Optimization:
     def nonfinite_message(self, step: int, culprit: str) -> str:
         """What to tell when a run cannot go on."""
         saved = self.folder.saved_steps()
-        kept = f"the checkpoint of step {saved[-1]} is good" if saved else "there is no checkpoint yet"
+        kept = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
         stops = self.config.optimizer.on_nonfinite == "stop"
         passing = ", or pass over such steps with optimizer.on_nonfinite=skip" if stops else ""
         return (

@@ -77,6 +77,9 @@ class LossSettings:
     def __post_init__(self) -> None:
         require(self.sigma is None or self.sigma > 0, f"loss.sigma={self.sigma}", "be above 0, or null to be learned")
         require(self.sigma_learning_rate > 0, f"loss.sigma_learning_rate={self.sigma_learning_rate}", "be above 0")
+        for name in ("reconstruction_weight", "perceptual_weight"):
+            weight = getattr(self, name)
+            require(weight is None or 0 <= weight < math.inf, f"loss.{name}={weight}", "be finite and >= 0")
 
     def complete(self) -> "LossSettings":
         """Fill in what follows other settings, once all are known."""
@@ -108,7 +111,9 @@ class AdversarialSettings:
         for name in ("base_channels", "num_layers"):
             require(getattr(self, name) >= 1, f"adversarial.{name}={getattr(self, name)}", "be >= 1")
         for name in ("weight", "max_adaptive_weight", "lecam_weight"):
-            require(getattr(self, name) >= 0, f"adversarial.{name}={getattr(self, name)}", "be >= 0")
+            require(
+                0 <= getattr(self, name) < math.inf, f"adversarial.{name}={getattr(self, name)}", "be finite and >= 0"
+            )
         for name in ("lecam_decay", "beta1"):
             require(0 <= getattr(self, name) < 1, f"adversarial.{name}={getattr(self, name)}", "lie in [0, 1)")
         require(self.learning_rate > 0, f"adversarial.learning_rate={self.learning_rate}", "be above 0")
@@ -211,7 +216,7 @@ class TrainingRun(PublishedOutput):
         at_least_one(self, "steps", "batch_size", "eval_every", "save_every", "keep_checkpoints")
         require(0 <= self.average.decay < 1, f"average.decay={self.average.decay}", "lie in [0, 1)")
         require(0 < self.learning_rate < math.inf, f"learning_rate={self.learning_rate}", "be finite and above 0")
-        require(self.seed >= 0, f"seed={self.seed}", "be at least 0")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}", "lie in [0, 2^32)")
         require(
             self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
             f"warmup_steps={self.warmup_steps}",
@@ -315,7 +320,7 @@ class StoreRun(PublishedOutput):
         super().__post_init__()
         at_least_one(self, "image_size", "num_crops", "batch_size", "rows_per_shard")
         require(self.num_workers >= 0, f"num_workers={self.num_workers}", "be >= 0")
-        require(self.seed >= 0, f"seed={self.seed}", "be at least 0")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}", "lie in [0, 2^32)")
         if self.views is None:
             self.views = "random_crops" if self.data == PHOTOGRAPHS else "center"
 

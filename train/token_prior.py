@@ -26,7 +26,7 @@ from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.pretrained import written_whole
 from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
-from train.config import UserError, differences, launch, public_yaml, to_yaml
+from train.config import Stopped, UserError, differences, launch, public_yaml, to_yaml
 from train.data import dealt_batches
 from train.encode_dataset import encode_dataset, open_tokenizer, repo_id_of
 from train.likelihood import Grids, Judge, UnigramCode, as_they_are
@@ -62,8 +62,7 @@ def main(config: PriorRun) -> None:
             )
         store = open_store(config, tokenizer, accelerator)
         share_threads(accelerator, config.speed)  # again: writing the store left some to its workers
-        if store is None or not train(config, folder, accelerator, store, tokenizer.to(accelerator.device)):
-            return
+        train(config, folder, accelerator, store, tokenizer.to(accelerator.device))
     if config.push_to_hub and accelerator.is_main_process:
         prior, card = AutoregressivePrior.from_pretrained(folder.path), model_card(config, folder)
         publish(lambda repo_id: prior.push_to_hub(repo_id, card), folder)
@@ -72,8 +71,8 @@ def main(config: PriorRun) -> None:
 
 def train(
     config: PriorRun, folder: RunFolder, accelerator: Accelerator, store: TokenStore, tokenizer: ImageTokenizer
-) -> bool:
-    """Train to the end, or to a signal; whether the end was reached."""
+) -> None:
+    """Train to the end; Stopped where a signal asks for an earlier one."""
     set_seed(config.seed)
     prior = build_prior(config, store.stamp).to(accelerator.device)
     prior.transformer.activation_checkpointing = config.speed.activation_checkpointing
@@ -130,24 +129,23 @@ def train(
                     folder.forget_best_but(best["step"])
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
-                return False
+                raise Stopped
     if accelerator.is_main_process:
         optimization.measured.load_state_dict(load_file(folder.best(best["step"])))
         optimization.measured.save_pretrained(folder.path, model_card(config, folder))
     accelerator.wait_for_everyone()
-    return True
 
 
-def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Accelerator) -> TokenStore | None:
-    """The token store of the settings, written first where none is named; None where a signal ended the writing."""
+def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Accelerator) -> TokenStore:
+    """The token store of the settings, written first where none is named."""
     try:
         check_vocabulary(tokenizer.vocab_size)  # before hours may go into a store
     except ValueError as error:
         raise UserError(f"tokenizer={config.tokenizer}: {error}") from None
     default = StoreRun(tokenizer=config.tokenizer)
     try:
-        if config.tokens is None and not encode_dataset(default, accelerator):
-            return None
+        if config.tokens is None:
+            encode_dataset(default, accelerator)
         store = TokenStore.open(config.tokens or default.output_dir)
         store.check_tokenizer(tokenizer.fingerprint)
         for split in SPLITS:

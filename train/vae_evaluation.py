@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokenizer import ImageVAE, VAEOutput
 from tokenizer.collapse import active_units, kl_per_channel, mutual_information
-from tokenizer.metrics import psnr
 from tokenizer.posteriors.normal import Level, Noise
 
 from .evaluation import Examiner, likelihood
@@ -63,7 +62,7 @@ class VAEExaminer(Examiner):
                 means = model.decode_latents(levels[0].latents, model.classes(labels, len(images))).cpu()
             coded = model.decode(model.encode(images, labels=labels), labels).cpu()
             kl = sum(level.kl.sum((1, 2, 3)) for level in levels) / originals[0].numel()
-            scores, nats = psnr(coded, originals), self.reconstruction_loss.nats(means, originals)
+            scores, nats = self.psnr_of(coded, originals), self.reconstruction_loss.nats(means, originals)
             totals += torch.tensor([scores.sum(), nats.sum(), kl.sum(), len(scores)], device=device)
         mean_psnr, nats, kl = self.mean_over_pictures(totals)
         return {"psnr": mean_psnr} | self.elbo(nats, kl) | self.knowledge(model)

@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tokenizer.metrics import psnr
 from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
-from train.config import UserError, launch, to_yaml
+from train.config import Stopped, UserError, launch, to_yaml
 from train.data import training_batches
 from train.evaluation import TokenizerExaminer, model_card
 from train.optimization import make_accelerator
@@ -45,8 +45,7 @@ def main(config: AutoencoderRun) -> None:
         source, eval_rows = open_sources(config)
         check_classes(f"model.num_classes={config.model.num_classes}", config.model.num_classes, source, config.data)
         check_readable(source, config.data)
-        if not train(config, folder, accelerator, source, eval_rows):
-            return
+        train(config, folder, accelerator, source, eval_rows)
     if config.push_to_hub and accelerator.is_main_process:
         examiner = EXAMINERS[type(config)]
         model, card = examiner.model_class.from_pretrained(folder.path), model_card(examiner, config, folder)
@@ -56,8 +55,8 @@ def main(config: AutoencoderRun) -> None:
 
 def train(
     config: AutoencoderRun, folder: RunFolder, accelerator: Accelerator, source: ImageSource, eval_rows: list[Any]
-) -> bool:
-    """Train to the end, or to a signal; whether the end was reached."""
+) -> None:
+    """Train to the end; Stopped where a signal asks for an earlier one."""
     set_seed(config.seed)
     kind = EXAMINERS[type(config)]
     network = kind.model_class(config.model).to(accelerator.device)
@@ -106,11 +105,10 @@ def train(
                 folder.save(accelerator, step, seen)
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
-                return False
+                raise Stopped
     if accelerator.is_main_process:
         optimization.measured.save_pretrained(folder.path, model_card(kind, config, folder))
     accelerator.wait_for_everyone()
-    return True
 
 
 def check_model(config: AutoencoderRun) -> None:

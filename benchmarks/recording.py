@@ -109,15 +109,25 @@ def save_plot(path: Path, figure: Any, dpi: int) -> None:
 
 def circumstances() -> dict[str, object]:
     """Commit, hardware and versions: what a figure cannot be understood without."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit(ROOT),
         "date": date.today().isoformat(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: version_of(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
+
+
+def commit(root: Path) -> str:
+    """The commit of a repository, "-dirty" behind it where tracked files differ; those that measuring writes may."""
+    written = [f":(exclude){folder}" for folder in ("benchmarks/results", "docs")]
+    status = ["status", "--porcelain", "--untracked-files=no", "--", ".", *written]
+    name, changed = (
+        subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], status)
+    )
+    return f"{name}-dirty" if changed else name
 
 
 def version_of(library: str) -> str | None:

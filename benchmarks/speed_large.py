@@ -33,7 +33,7 @@ class LargeRun(DeviceRun):
     photograph_size: int = 160  # pixels of a side in the mosaic; short sides are brought to it
     image_sizes: list[int] = field(default_factory=lambda: [768, 4096])  # S, pixels
     tile_size: int = 256  # pixels
-    tile_overlaps: list[int] = field(default_factory=lambda: [0, 16, 32, 64])  # pixels; the last is all for the largest
+    tile_overlaps: list[int] = field(default_factory=lambda: [0, 16, 32, 64])  # pixels; where not whole, the last
     largest_whole: int = 1024  # S up to which the picture is coded as a whole too
     data_options: SourceSettings = field(default_factory=SourceSettings)
 

@@ -132,3 +132,21 @@ def test_sizes_that_cannot_be_measured_are_refused(sizes):
     each_at_least_one(Sized([1, 2]), "sizes")
     with pytest.raises(ValueError, match="must hold numbers of at least 1, one or more"):
         each_at_least_one(Sized(sizes), "sizes")
+
+
+def test_a_record_of_the_same_commit_does_not_make_the_next_one_dirty(tmp_path):
+    for words in (["init", "-q"], ["config", "user.email", "a@b"], ["config", "user.name", "a"]):
+        assert run(["git", *words], cwd=tmp_path).returncode == 0
+    files = [tmp_path / "train.py", tmp_path / "benchmarks/results/mine.json", tmp_path / "docs/mine.png"]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("first")
+    assert run(["git", "add", "-A"], cwd=tmp_path).returncode == 0
+    assert run(["git", "commit", "-qm", "first"], cwd=tmp_path).returncode == 0
+    clean = recording.commit(tmp_path)
+    assert len(clean) >= 7
+    for path in files[1:]:
+        path.write_text("second")
+    assert recording.commit(tmp_path) == clean
+    files[0].write_text("second")
+    assert recording.commit(tmp_path) == f"{clean}-dirty"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 PRODUCT = 2048  # rows and columns of the matrices
 COPIED = 2**28  # bytes, more than a processor's own cache holds
+UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like}
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,7 +39,7 @@ class Work(TorchDispatchMode):
         result = operation(*given, **options)
         read = [result, *given[1:]] if operation.overloadpacket in LOOKUPS else given  # of a table what is looked up
         tensors = [leaf for leaf in tree_leaves((read, options, result)) if isinstance(leaf, Tensor)]
-        if not operation.is_view and "empty" not in operation.name():
+        if not operation.is_view and operation.overloadpacket not in UNTOUCHED:
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         count = flop_registry.get(operation.overloadpacket)
         if count:

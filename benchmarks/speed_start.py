@@ -45,7 +45,7 @@ PARTS = ("import_torch", "import_library", "load")
 class StartRun:
     """Settings of benchmarks/speed.py start."""
 
-    model: str = "70M"  # one of the architectures of speed_codec.py
+    model: str = "76M"  # one of the architectures of speed_codec.py
     rounds: int = 7  # processes of each, of which the median is taken
 
     def __post_init__(self) -> None:

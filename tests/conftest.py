@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # 0 in the processes that talk to 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,8 @@ from PIL import Image
 from tokenizer import ImageTokenizer, TokenizerConfig
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
+hypothesis.settings.load_profile("without_deadline")
 
 SQUEEZE_FILE = "squeezenet1_1-b8a52dc0.pth"  # as torchvision names it
 

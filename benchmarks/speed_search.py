@@ -56,9 +56,8 @@ def main(config: SearchRun, root: Path = ROOT) -> None:
             tell(f"{size} codes of {dim} components")
             rows.append(row_of(size, dim, rates, config))
     command = command_line("speed", "search", asdict(config), asdict(SearchRun()), ())
-    record(
-        "speed_search", {"command": command, "settings": asdict(config), "rates_per_second": rates, "rows": rows}, root
-    )
+    figures = {"command": command, "settings": asdict(config), "rates_per_second": rates, "rows": rows}
+    record("speed_search", figures, root)
 
 
 def row_of(size: int, dim: int, rates: dict[str, float], config: SearchRun) -> dict[str, Any]:

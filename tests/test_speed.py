@@ -239,6 +239,8 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
     assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient
     assert floors.work_of(lambda: left.T.reshape(24)[:3]).bytes == 2 * 4 * 24  # of views alone nothing is read
+    table, chosen = torch.randn(100, 8), torch.tensor([3, 5])
+    assert floors.work_of(lambda: table[chosen]).bytes == 2 * 4 * 2 * 8 + 8 * 2  # of a table what is looked up
 
 
 def test_floors_are_what_the_rates_make_of_the_work():

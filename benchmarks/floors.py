@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tokenizer.products import ONEDNN_LINEAR, product
+
 PRODUCT = 2048  # rows and columns of the matrices
 COPIED = 2**28  # bytes, more than a processor's own cache holds
 UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like}
+COUNTS = flop_registry | {ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight)}
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,7 +44,7 @@ class Work(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((read, options, result)) if isinstance(leaf, Tensor)]
         if not operation.is_view and operation.overloadpacket not in UNTOUCHED:
             self.bytes += sum(tensor.nbytes for tensor in tensors)
-        count = flop_registry.get(operation.overloadpacket)
+        count = COUNTS.get(operation.overloadpacket)
         if count:
             self.operations[tensors[0].dtype] += count(*given, **options, out_val=result)
         return result
@@ -61,7 +64,7 @@ def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]
     calls = {"copy": lambda: target.copy_(source)}
     for name, dtype in DTYPES.items():
         matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
-        calls[f"product, {name}"] = lambda matrix=matrix: matrix @ matrix
+        calls[f"product, {name}"] = lambda matrix=matrix: product(matrix, matrix)
     return calls
 
 

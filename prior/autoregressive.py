@@ -145,7 +145,7 @@ class AutoregressivePrior(PretrainedModel):
             classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
         copies = 1 + guided
         hidden = self.embed(classes, prefix.repeat(copies, 1))  # (copies * B, n + 1, W)
-        caches = [KVCache() for _ in decoder.blocks]
+        caches = [KVCache(self.config.num_tokens) for _ in decoder.blocks]
         if start:
             self.transformer(hidden[:, :-1], self.coordinates()[:start], caches)
         newest = hidden[:, -1]  # (copies * B, W)

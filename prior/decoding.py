@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenizer.products import product
+
 from .transformer import NORM_EPS, Block, KVCache, RMSNorm, Transformer, rotary_angles
 
 
@@ -28,7 +30,7 @@ class Decoder:
         """The input (B, W) at a position, with caches of all before it, which it joins, to (B, V) float32."""
         for block, cache in zip(self.blocks, caches, strict=True):
             hidden = block.step(hidden, position, cache)
-        return (normalised(hidden) @ self.head).float()
+        return product(normalised(hidden), self.head).float()
 
 
 class DecoderBlock:
@@ -50,13 +52,13 @@ class DecoderBlock:
 
     def step(self, hidden: Tensor, position: int, cache: KVCache) -> Tensor:
         """Inputs (B, W) at a position to outputs (B, W)."""
-        parts = (normalised(hidden) @ self.expand_attention).view(len(hidden), 3, self.num_heads, -1)
+        parts = product(normalised(hidden), self.expand_attention).view(len(hidden), 3, self.num_heads, -1)
         queries, keys = self.rotated(parts[:, :2], position).unbind(dim=1)  # (B, H, d)
         cache.append(keys[:, :, None], parts[:, 2, :, None])
         attended = cache.attend(queries.flatten(0, 1)[:, None]).view_as(hidden)
-        hidden = hidden + attended.type_as(hidden) @ self.project_attention
-        gate, value = (normalised(hidden) @ self.expand_feed_forward).chunk(2, dim=1)
-        return hidden + (F.silu(gate) * value) @ self.project_feed_forward
+        hidden = hidden + product(attended.type_as(hidden), self.project_attention)
+        gate, value = product(normalised(hidden), self.expand_feed_forward).chunk(2, dim=1)
+        return hidden + product(F.silu(gate) * value, self.project_feed_forward)
 
     def rotated(self, parts: Tensor, position: int) -> Tensor:
         """Queries and keys (B, 2, H, d) as float32, normalised and turned: `rotate` with both norms' weights in it."""

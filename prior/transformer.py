@@ -19,14 +19,16 @@ INITIAL_STD = 0.02  # of all weights but those of the projections (GPT-2)
 
 
 class KVCache:
-    """Keys and values of one attention layer for every position so far.
+    """Keys and values of one attention layer for every position so far, at most `capacity`.
 
-    Memory grows by CACHE_GROWTH positions at a time, and what it grew by is read though masked: rows that lie without
-    gaps are read twice as fast as parts of longer ones, which pays for the copies. On a CPU they are float32: the
-    products of a single query in bfloat16 take twice to nine times as long there.
+    What is read grows by CACHE_GROWTH positions at a time, though masked: rows that lie without gaps are read two to
+    four times as fast as parts of longer ones, which pays for the copies. The memory is that of all positions from the
+    start, since new memory takes longer than the copies. On a CPU it is float32: the products of a single query in
+    bfloat16 take twice to nine times as long there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.length = 0  # positions held
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -35,11 +37,15 @@ class KVCache:
         if start == 0:
             on_cpu = values.device.type == "cpu"
             dtype = torch.promote_types(values.dtype, torch.float32) if on_cpu else values.dtype
-            self.keys = self.values = keys.new_empty(keys.shape[0] * keys.shape[1], 0, keys.shape[3], dtype=dtype)
-        missing = self.length - self.keys.shape[1]
-        if missing > 0:
-            grown = -(-missing // CACHE_GROWTH) * CACHE_GROWTH
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, grown)), F.pad(self.values, (0, 0, 0, grown))
+            rows, width = keys.shape[0] * keys.shape[1], keys.shape[3]
+            self.memories = [keys.new_empty(rows * self.capacity * width, dtype=dtype) for _ in range(2)]
+            self.keys = self.values = self.memories[0].view(rows, -1, width)[:, :0]
+        if self.length > self.keys.shape[1]:
+            reserved = min(-(-self.length // CACHE_GROWTH) * CACHE_GROWTH, self.capacity)
+            self.keys, self.values = (
+                respread(held, reserved, memory)
+                for held, memory in zip((self.keys, self.values), self.memories, strict=True)
+            )
         self.keys[:, start : self.length] = keys.flatten(0, 1)
         self.values[:, start : self.length] = values.flatten(0, 1)
 
@@ -51,6 +57,15 @@ class KVCache:
         scores = torch.bmm(queries.type_as(self.keys), self.keys.mT)
         scores[:, :, self.length :] = -torch.inf
         return torch.bmm(scores.softmax(dim=2), self.values)
+
+
+def respread(held: Tensor, reserved: int, memory: Tensor) -> Tensor:
+    """What a cache holds, (rows, n, d), at the start of its memory with room for more positions, which are 0."""
+    rows, length, width = held.shape
+    spread = memory[: rows * reserved * width].view(rows, reserved, width)
+    spread[:, :length] = held.clone()  # it lies in the same memory
+    spread[:, length:] = 0
+    return spread
 
 
 def rotary_angles(coordinates: Tensor, head_width: int) -> Tensor:

@@ -23,7 +23,7 @@ def transformer():
 @torch.no_grad()
 def test_a_decoder_continues_a_pass_as_a_whole_pass_would(transformer, first):
     hidden, head = torch.randn(2, len(PLACES), 16), nn.Linear(16, 7, bias=False)
-    caches, decoder = [KVCache() for _ in transformer.blocks], Decoder(transformer, head, PLACES)
+    caches, decoder = [KVCache(len(PLACES)) for _ in transformer.blocks], Decoder(transformer, head, PLACES)
     if first:
         transformer(hidden[:, :first], PLACES[:first], caches)
     found = [decoder.logits(hidden[:, i], i, caches) for i in range(first, len(PLACES))]
@@ -36,7 +36,7 @@ def test_a_decoder_continues_a_pass_as_a_whole_pass_would(transformer, first):
 def test_in_bfloat16_the_cache_is_so_too_but_on_a_cpu(transformer, device, dtype, first):
     half, head = transformer.to(device, torch.bfloat16), nn.Linear(16, 7, bias=False).to(device, torch.bfloat16)
     hidden, places = torch.randn(2, 3, 16, device=device, dtype=torch.bfloat16), PLACES.to(device)
-    caches, decoder = [KVCache() for _ in half.blocks], Decoder(half, head, places)
+    caches, decoder = [KVCache(len(places)) for _ in half.blocks], Decoder(half, head, places)
     if first:
         half(hidden[:, :first], places[:first], caches)
     decoder.logits(hidden[:, first], first, caches)
@@ -45,7 +45,8 @@ def test_in_bfloat16_the_cache_is_so_too_but_on_a_cpu(transformer, device, dtype
 
 def test_a_query_sees_what_the_cache_holds_and_nothing_of_what_is_reserved():
     torch.manual_seed(0)
-    cache, keys, values = KVCache(), *torch.randn(2, 2, 3, CACHE_GROWTH + 2, 4)
+    keys, values = torch.randn(2, 2, 3, CACHE_GROWTH + 2, 4)
+    cache = KVCache(keys.shape[2])
     queries = torch.randn(6, 1, 4)
     for end in range(1, keys.shape[2] + 1):
         cache.append(keys[:, :, end - 1 : end], values[:, :, end - 1 : end])
@@ -53,10 +54,11 @@ def test_a_query_sees_what_the_cache_holds_and_nothing_of_what_is_reserved():
         torch.testing.assert_close(cache.attend(queries), scores.softmax(dim=2) @ values[:, :, :end].flatten(0, 1))
 
 
-def test_a_cache_reserves_memory_for_many_positions_at_once():
-    cache, step = KVCache(), torch.randn(2, 3, 1, 4)
-    places = []
-    for _ in range(CACHE_GROWTH):
+def test_a_cache_stays_in_the_memory_that_it_begins_with():
+    capacity = CACHE_GROWTH + 2
+    cache, step, places = KVCache(capacity), torch.randn(2, 3, 1, 4), []
+    for _ in range(capacity):
         cache.append(step, step)
         places.append((cache.keys.data_ptr(), cache.values.data_ptr()))
     assert len(set(places)) == 1
+    assert cache.keys.untyped_storage().nbytes() == 2 * 3 * capacity * 4 * step.element_size()

@@ -15,6 +15,7 @@ from conftest import tiny_config
 from processes import run
 
 from tokenizer import ImageTokenizer
+from tokenizer.products import product
 from train.config import UserError, parse
 from train.token_store import TokenStore
 
@@ -232,9 +233,10 @@ def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
 
 def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_writes():
     left, right = torch.randn(4, 6), torch.randn(6, 8)
-    work = floors.work_of(lambda: (left @ right).relu())
-    assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
-    assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
+    for times in (torch.matmul, product):  # of which the second is an operation of oneDNN's
+        work = floors.work_of(lambda times=times: times(left, right).relu())
+        assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
+        assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
     layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
     assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient

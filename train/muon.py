@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.products import product
+
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic that draws singular values towards 1, to within 0.7 and 1.2
 NUM_ITERATIONS = 5
 MOMENTUM = 0.95
@@ -65,7 +67,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     wide = wide / (wide.norm() + 1e-7)  # no singular value above 1
     if matrix.device.type == "cpu":
         wide = wide.float()
-        result = whole_factor(wide @ wide.T) @ wide
+        result = product(whole_factor(product(wide, wide.T)), wide)
     else:
         result = iterated(wide.bfloat16())
     return (result.T if tall else result).to(matrix.dtype)
@@ -86,14 +88,14 @@ def whole_factor(gram: Tensor) -> Tensor:
     """
     step = whole = factor(gram)
     for _ in range(NUM_ITERATIONS - 1):
-        gram = step @ gram @ step
+        gram = product(product(step, gram), step)
         step = factor(gram)
-        whole = step @ whole
+        whole = product(step, whole)
     return whole
 
 
 def factor(gram: Tensor) -> Tensor:
     """What one iteration multiplies a matrix by (m, m)."""
-    result = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+    result = product(gram, gram).mul_(C).add_(gram, alpha=B)
     result.diagonal().add_(A)
     return result

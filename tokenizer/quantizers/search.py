@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..products import product
+
 # On a CPU a tile of scores is 2 MB, which stay in the cache from the product to the maximum.
 SCORES_PER_TILE = 2**19
 CODES_PER_TILE = 2048
@@ -27,21 +29,20 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     if vectors.device.type != "cpu":
         chunks = vectors.split(rows_per_chunk(codes))
         return torch.cat([torch.addmm(half_norms, each, codes.t(), alpha=-1).argmin(1) for each in chunks])
-    num_codes = min(CODES_PER_TILE, len(codes))
-    num_vectors = SCORES_PER_TILE // num_codes  # never by N, on which no rounding may depend
-    tile = vectors.new_empty(max(num_vectors, SMALLEST_PRODUCT) * num_codes)
-    return torch.cat([nearest_by_tiles(each, codes, half_norms, tile) for each in vectors.split(num_vectors)])
+    num_vectors = SCORES_PER_TILE // min(CODES_PER_TILE, len(codes))  # never by N, on which no rounding may depend
+    return torch.cat([nearest_by_tiles(each, codes, half_norms) for each in vectors.split(num_vectors)])
 
 
-def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: Tensor, tile: Tensor) -> Tensor:
-    """The same of a few vectors (n, D), the scores of one part of the codes after the other held in `tile`."""
+def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    """The same of a few vectors (n, D), the scores of one part of the codes after the other."""
     num_vectors = len(vectors)
-    vectors = F.pad(vectors, (0, 0, 0, max(0, SMALLEST_PRODUCT - num_vectors)))
+    padding = max(0, SMALLEST_PRODUCT - num_vectors)
+    # A component more takes the norms into the product: (v, -1) . (c, |c|^2 / 2).
+    columns = F.pad(F.pad(vectors, (0, 1), value=-1.0), (0, 0, 0, padding)).t()
     maxima, indices = [], []
     parts = zip(codes.split(CODES_PER_TILE), half_norms[:, None].split(CODES_PER_TILE), strict=True)
-    for number, (part, norms) in enumerate(parts):
-        scores = tile[: len(part) * len(vectors)].view(len(part), len(vectors))
-        values, rows = first_maxima(torch.addmm(norms, part, vectors.t(), beta=-1, out=scores), CODES_PER_WINDOW)
+    for number, part in enumerate(parts):
+        values, rows = first_maxima(product(torch.cat(part, dim=1), columns), CODES_PER_WINDOW)
         maxima.append(values)
         indices.append(rows + number * CODES_PER_TILE)
     maxima, indices = torch.cat(maxima), torch.cat(indices)  # (windows, n)

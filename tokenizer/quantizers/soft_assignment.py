@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..products import product
 from .search import SMALLEST_PRODUCT, rows_per_chunk
 
 
@@ -98,7 +99,7 @@ def logits_by_chunk(
         rows = slice(start, start + chunk_rows)
         part = queries[rows]
         enough = F.pad(part, (0, 0, 0, max(0, SMALLEST_PRODUCT - len(part))))
-        logits = torch.addmm(bias, enough, transposed)[: len(part)]
+        logits = product(enough, transposed).add_(bias)[: len(part)]
         if generator is not None:
             exponential = torch.empty_like(logits).exponential_(generator=generator)
             logits -= exponential.clamp_(min=torch.finfo(logits.dtype).tiny).log_()  # -log Exp(1) is Gumbel(0, 1)

@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from conftest import picture, tiny_config
+from conftest import tiny_config
 from hub_server import serve_hub
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from processes import TWO_RANKS, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
-from tiny_runs import TEN_STEPS, assert_resumes_to_the_bit
+from tiny_priors import TINY, fill_with_a_store, settings, store_of, train_prior
+from tiny_runs import assert_resumes_to_the_bit
 from torch.utils.checkpoint import checkpoint
 
 from prior import AutoregressivePrior, transformer
 from tokenizer import ImageTokenizer
 from train.checkpoint import RunFolder
 from train.config import UserError, launch, parse
-from train.encode_dataset import encode_dataset
 from train.likelihood import Grids, Judge, UnigramCode, entropy
 from train.settings import PriorRun, StoreRun
 from train.token_prior import main, warn_of_overfitting
@@ -36,43 +35,16 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = str(ROOT / "train" / "token_prior.py")
-TINY = [*TEN_STEPS, "model.width=16", "model.num_layers=2", "model.num_heads=2"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A folder with a tokenizer, pictures of two classes and the token store made of them."""
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    ImageTokenizer(tiny_config()).save_pretrained(folder / "tokenizer")
-    for number in range(24):
-        place = folder / "pictures" / ("train" if number < 18 else "validation") / ("cat", "dog")[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        picture(number).save(place / f"{number}.png")
-    store_of(folder, "tokens", f"tokenizer={folder / 'tokenizer'}")
-    return folder
-
-
-def store_of(folder: Path, name: str, *settings: str) -> None:
-    """Write the token store `name` of the folder's pictures, in this process."""
-    given = [f"data={folder / 'pictures'}", f"output_dir={folder / name}", "image_size=8", "num_workers=0", *settings]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    encode_dataset(parse(StoreRun, given), Accelerator(cpu=True))
-
-
-def settings(made: Path, output: Path, *more: str) -> list[str]:
-    return [*TINY, f"tokens={made / 'tokens'}", f"tokenizer={made / 'tokenizer'}", f"output_dir={output}", *more]
+    return fill_with_a_store(tmp_path_factory.mktemp("made"))
 
 
 def command(made: Path, output: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, PROGRAM, *settings(made, output, *more)]
-
-
-def train_here(made: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
-    """A run in this process; the exported tensors."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main(parse(PriorRun, settings(made, output, *more)))
-    return load_file(output / "model.safetensors")
 
 
 def evaluations(output: Path) -> list[dict]:
@@ -156,7 +128,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, made, tmp_path)
 def test_two_ranks_equal_one_with_twice_the_batch(made, tmp_path):
     certain = ["model.dropout=0", "model.class_dropout=0"]  # what is dropped differs from rank to rank
     one, two = tmp_path / "one", tmp_path / "two"
-    train_here(made, one, "batch_size=8", *certain)
+    train_prior(made, one, "batch_size=8", *certain)
     done = run(command(made, two, *certain, launcher=TWO_RANKS))
     assert done.returncode == 0, done.stderr
     assert (two / "checkpoints/step_10/state_1.json").is_file()  # there really were two
@@ -169,8 +141,8 @@ def test_two_ranks_equal_one_with_twice_the_batch(made, tmp_path):
 
 def test_accumulated_batches_equal_one_batch(made, tmp_path):
     certain = ["model.dropout=0", "model.class_dropout=0"]
-    whole = train_here(made, tmp_path / "whole", "batch_size=8", *certain)
-    halves = train_here(made, tmp_path / "halves", "batch_size=4", "optimizer.accumulation_steps=2", *certain)
+    whole = train_prior(made, tmp_path / "whole", "batch_size=8", *certain)
+    halves = train_prior(made, tmp_path / "halves", "batch_size=4", "optimizer.accumulation_steps=2", *certain)
     for key in whole:
         torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-5, msg=key)
 
@@ -183,7 +155,7 @@ def test_activation_checkpointing_is_really_on_and_changes_nothing(undisturbed, 
         return checkpoint(*arguments, **options)
 
     monkeypatch.setattr(transformer, "checkpoint", counted)
-    tensors = train_here(made, tmp_path / "run", "speed.activation_checkpointing=true")
+    tensors = train_prior(made, tmp_path / "run", "speed.activation_checkpointing=true")
     assert len(used) == 10 * 2  # steps, blocks
     for key in plain:
         torch.testing.assert_close(tensors[key], plain[key], rtol=1e-3, atol=1e-5, msg=key)
@@ -191,12 +163,12 @@ def test_activation_checkpointing_is_really_on_and_changes_nothing(undisturbed, 
 
 @pytest.mark.parametrize("variant", [["average.decay=0.9"], ["mixed_precision=bf16"]])
 def test_variants_resume_to_the_bit(variant, made, tmp_path, monkeypatch):
-    assert_resumes_to_the_bit(made, variant, tmp_path, monkeypatch, train_here)
+    assert_resumes_to_the_bit(made, variant, tmp_path, monkeypatch, train_prior)
 
 
 def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, tmp_path, caplog):
     ever_faster = ["steps=40", "warmup_steps=40", "learning_rate=1", "eval_every=5", "save_every=40"]
-    train_here(made, tmp_path / "run", *ever_faster)  # until it knows less than before
+    train_prior(made, tmp_path / "run", *ever_faster)  # until it knows less than before
     best = min(evaluations(tmp_path / "run"), key=lambda record: record["bits_per_token"])
     assert best["step"] < 40
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("best_*")]
@@ -231,7 +203,7 @@ def test_without_a_store_it_is_written_first(tmp_path):
 
 
 def test_an_unconditional_prior_of_a_store_with_classes(made, tmp_path):
-    train_here(made, tmp_path / "run", "conditional=false", "steps=2", "eval_every=1")
+    train_prior(made, tmp_path / "run", "conditional=false", "steps=2", "eval_every=1")
     prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
     assert prior.config.num_classes == 0
     assert prior.generate(num_samples=3).shape == (3, 4, 4)
@@ -268,7 +240,7 @@ def test_the_store_of_another_tokenizer_is_refused_with_both_fingerprints(made, 
     other = ImageTokenizer(tiny_config())
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError) as error:
-        train_here(made, tmp_path / "run", f"tokenizer={tmp_path / 'other'}")
+        train_prior(made, tmp_path / "run", f"tokenizer={tmp_path / 'other'}")
     assert other.fingerprint in str(error.value)
     assert ImageTokenizer.from_pretrained(made / "tokenizer").fingerprint in str(error.value)
 
@@ -283,14 +255,14 @@ def test_a_store_with_an_empty_split_is_refused(made, tmp_path, empty):
             shard.unlink()
     (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="holds no tokens" if len(empty) == 2 else f"no {empty[0]} rows"):
-        train_here(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
+        train_prior(made, tmp_path / "run", f"tokens={tmp_path / 'tokens'}")
 
 
 @pytest.fixture
 def stopped(made, tmp_path) -> Path:
     """A folder of its own with a run that stopped before its end."""
     shutil.copytree(made, tmp_path / "made")
-    train_here(tmp_path / "made", tmp_path / "made" / "run")
+    train_prior(tmp_path / "made", tmp_path / "made" / "run")
     (tmp_path / "made" / "run" / "README.md").unlink()
     shutil.rmtree(tmp_path / "made" / "tokens")
     return tmp_path / "made"
@@ -304,7 +276,7 @@ def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(stopped
     other.save_pretrained(stopped / "tokenizer")
     store_of(stopped, "tokens", f"tokenizer={stopped / 'tokenizer'}")
     with pytest.raises(UserError, match=f"{before}.*{other.fingerprint}.*start anew") as error:
-        train_here(stopped, stopped / "run")
+        train_prior(stopped, stopped / "run")
     assert ("vocab_size=32 (now 64)" in str(error.value)) == (codebook_size == 64)
 
 
@@ -314,15 +286,15 @@ def test_a_run_whose_store_was_made_anew_by_another_tokenizer_is_refused(stopped
 def test_a_run_whose_store_was_made_anew_of_other_pictures_is_refused(stopped, change, told):
     store_of(stopped, "tokens", f"tokenizer={stopped / 'tokenizer'}", change)
     with pytest.raises(UserError, match=f"trained on a token store with .*{told}.*start anew"):
-        train_here(stopped, stopped / "run")
+        train_prior(stopped, stopped / "run")
 
 
 def test_the_config_names_the_repository_of_a_tokenizer_published_before_or_after_the_store(made, tmp_path):
     shutil.copytree(made, tmp_path / "made")
     (tmp_path / "made" / "tokenizer" / "run.yaml").write_text("push_to_hub: org/tiny\n")
-    train_here(tmp_path / "made", tmp_path / "after", "steps=1")
+    train_prior(tmp_path / "made", tmp_path / "after", "steps=1")
     store_of(tmp_path / "made", "named", f"tokenizer={tmp_path / 'made' / 'tokenizer'}")
-    train_here(tmp_path / "made", tmp_path / "before", "steps=1", f"tokens={tmp_path / 'made' / 'named'}")
+    train_prior(tmp_path / "made", tmp_path / "before", "steps=1", f"tokens={tmp_path / 'made' / 'named'}")
     for run_folder in (tmp_path / "before", tmp_path / "after"):
         prior = AutoregressivePrior.from_pretrained(run_folder)
         assert prior.config.tokenizer == "org/tiny"
@@ -349,7 +321,7 @@ def test_the_compile_switch_reaches_the_prior_and_changes_nothing(undisturbed, m
         compile_(self, backend="eager")  # traced as ever, without the C++ compiler that a machine may lack
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_traced)
-    tensors = train_here(made, tmp_path / "run", "speed.compile=true")
+    tensors = train_prior(made, tmp_path / "run", "speed.compile=true")
     assert compiled == [AutoregressivePrior]
     for key in plain:
         torch.testing.assert_close(tensors[key], plain[key], rtol=1e-3, atol=1e-5, msg=key)

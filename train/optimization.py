@@ -41,7 +41,7 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
             project_dir=config.output_dir,
         )
     except ValueError as error:
-        raise UserError(f"mixed_precision={config.mixed_precision}: {error}") from None
+        raise UserError(f"mixed_precision={config.mixed_precision} or how it was launched: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision=fp16 changes nothing on a CPU, which has no such arithmetic; bf16, or no")
     share_threads(accelerator, config.speed)

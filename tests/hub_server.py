@@ -3,7 +3,7 @@
 It speaks what `create_repo`, `upload_folder`, `model_info` and `snapshot_download` ask for models and data sets, which
 share their names here: creating a repository, validating the card, preupload (every file is answered "regular"),
 commits (ndjson), revisions, the tree and the files. Left out: large-file storage (LFS, Xet), branches other than main,
-pull requests, private and gated repositories, pagination, ranges, folders within the tree, and what the real Hub checks
+pull requests, gated repositories, pagination, ranges, folders within the tree, and what the real Hub checks
 of a card.
 
 The client reads its settings when it is imported, so a test runs its story with the Hub `in_own_process`.
@@ -43,6 +43,7 @@ class Hub:
     token: str | None = None  # where given, writing needs it, and a request that carries another one is refused
     repos: dict[str, list[Commit]] = field(default_factory=dict)  # oldest first; a new one holds an initial commit
     fail_commits: list[int | None] = field(default_factory=list)  # statuses for the next commits; None accepts one
+    private: set[str] = field(default_factory=set)  # repositories that only the token may read
     requests: list[str] = field(default_factory=list)  # "METHOD /path", in the order of arrival
 
     def create(self, request: dict) -> dict:
@@ -51,6 +52,8 @@ class Hub:
         status = 409 if repo in self.repos else 200
         if status == 200:
             self.repos[repo] = []
+            if request.get("private") or request.get("visibility") == "private":  # as older clients say it, and newer
+                self.private.add(repo)
             self.add_commit(repo, "initial commit", {".gitattributes": b""})
         kind = "datasets/" if request.get("type") == "dataset" else ""
         return {"status": status, "url": f"{self.url}/{kind}{repo}"}
@@ -120,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_token(self) -> None:
         given = self.headers.get("Authorization")
-        if self.hub.token and given != f"Bearer {self.hub.token}" and (given or self.command == "POST"):
+        needed = self.command == "POST" or any(f"/{repo}/" in f"{self.path}/" for repo in self.hub.private)
+        if self.hub.token and given != f"Bearer {self.hub.token}" and (given or needed):
             raise RefusalError(401, "Unauthorized")
 
     def api(self, path: list[str], body: bytes) -> dict | list:

@@ -69,6 +69,10 @@ def publishing_story() -> dict[str, Any]:
     seen["wrong token"] = error_of(lambda: model.push_to_hub("org/forbidden", card(), token="hf_wrong"))
     del os.environ["HF_TOKEN"]  # which the client reads at each call
     seen["no token"] = error_of(lambda: model.push_to_hub("org/forbidden", card()))
+    model.push_to_hub("org/secret", card(), private=True, token=TOKEN)
+    seen["secret"] = error_of(lambda: load("org/secret"))
+    seen["told"] = facts(load("org/secret", token=TOKEN, cache_dir="elsewhere"))
+    seen["fetched"] = sorted(path.name for path in Path("elsewhere").rglob("snapshots/*/*"))
     return seen
 
 
@@ -89,8 +93,13 @@ def published(tmp_path_factory):
         seen = in_own_process(publishing_story, folder, hub.url, token=TOKEN)
         hub.requests.clear()
         seen["offline"] = in_own_process(hubless_story, folder, hub.url, offline="1")
-    seen["no connection"] = in_own_process(hubless_story, folder, hub.url, token=TOKEN)  # nobody listens any more
-    return seen | {"repos": hub.repos, "commits": hub.repos[REPO], "requests offline": hub.requests}
+    seen["no connection"] = in_own_process(hubless_story, folder, "http://127.0.0.1:1", token=TOKEN)  # nobody listens
+    return seen | {
+        "private": hub.private,
+        "repos": hub.repos,
+        "commits": hub.repos[REPO],
+        "requests offline": hub.requests,
+    }
 
 
 def test_a_pushed_model_loads_back_by_its_id_with_the_same_fingerprint_tokens_and_images(published):
@@ -115,6 +124,16 @@ def test_the_card_states_licence_tags_usage_metrics_and_settings(published):
 
 def test_the_code_on_the_card_runs_as_it_stands(published):
     assert published["example"] == published["by hand"]
+
+
+def test_a_private_repository_is_created_as_one_and_read_with_the_token_into_the_cache_that_is_named(published):
+    assert published["private"] == {"org/secret"}
+    assert published["secret"].startswith("FileNotFoundError: 'org/secret' is neither a folder here nor")
+    assert published["told"] == published["model"]
+
+
+def test_of_a_repository_only_what_a_model_is_loaded_from_is_fetched(published):
+    assert published["fetched"] == [CONFIG, WEIGHTS]
 
 
 def test_a_failed_upload_raises_and_changes_nothing_and_a_second_try_succeeds(published):

@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import picture
 from hub_server import serve_hub
 from processes import TWO_RANKS, assert_close_runs, assert_equal_runs, interrupt, records, run
 from safetensors.torch import load_file
-from tiny_runs import TINY, assert_resumes_to_the_bit, train_here
+from tiny_runs import TINY, train_here
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import RunFolder
@@ -298,19 +297,6 @@ def test_accumulated_batches_equal_one_batch(picture_folder, tmp_path):
     assert whole["quantizer.num_steps"] == halves["quantizer.num_steps"]
     key = "autoencoder.encoder.conv_in.weight"
     torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("settings", [["average.decay=0"], ["mixed_precision=bf16"], ["optimizer.name=muon"]])
-def test_variants_resume_to_the_bit(settings, picture_folder, tmp_path, monkeypatch):
-    assert_resumes_to_the_bit(picture_folder, settings, tmp_path, monkeypatch)
-
-
-def test_a_streamed_run_resumes_to_the_bit(tmp_path, monkeypatch):
-    for index in range(16):
-        folder = tmp_path / "data" / ("validation" if index < 2 else "train")
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(index).save(folder / f"{index}.png")
-    assert_resumes_to_the_bit(str(tmp_path / "data"), ["streaming=true", "num_workers=2"], tmp_path, monkeypatch)
 
 
 def poison(monkeypatch, at_call: int, times: int = 1):

@@ -35,6 +35,7 @@ EMBEDDED = {  # colour photographs that the two packages ship; the validation on
 }
 HELD_OUT = 50  # one image in fifty is held out where the data has no validation split
 PROBED_IMAGES = 64  # before a run starts, until one can be read
+SKETCHED_IMAGES = 64  # at least, spread over all, where there are so many
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 SPLIT_FOLDERS = {name for names in SPLIT_KEYWORDS.values() for name in names}  # which are no classes
 
@@ -60,6 +61,15 @@ class ImageSource:
         if label is None or label < 0:
             raise ValueError("it has no class")
         return label
+
+    def sketch(self) -> dict[str, int] | None:
+        """How many rows there are and a checksum over some of them, by which others are told; None for a stream."""
+        if not isinstance(self.rows, Dataset):
+            return None
+        number, checksum = len(self.rows), 0
+        for index in range(0, number, max(1, number // SKETCHED_IMAGES)):
+            checksum = zlib.crc32(content_of(self.rows[index][self.image_column]), checksum)
+        return {"images": number, "crc32": checksum}
 
     def name(self, row: dict[str, Any], number: int | None = None) -> str:
         """What tells a row's image from all others: its path, with a checksum where its bytes lie in the row.
@@ -212,10 +222,28 @@ def hold_out(source: ImageSource, seed: int) -> tuple[Any, Any]:
 
 
 def is_in_part(row: dict[str, Any], column: str, seed: int, held_out: bool) -> bool:
-    """Whether a streamed row is in that part; its bytes decide, or its file's name, the same wherever the data lies."""
-    value = row[column] or {"bytes": None, "path": None}
-    content = value["bytes"] or "/".join(Path(value["path"] or "").parts[-2:]).encode()
+    """Whether a streamed row is in that part; its content decides."""
+    content = content_of(row[column])
     return (content != b"" and zlib.crc32(content, seed) % HELD_OUT == 0) == held_out
+
+
+def content_of(image: dict[str, Any] | None) -> bytes:
+    """The bytes of an encoded image, or its file's name and folder: the same wherever the data lies."""
+    image = image or {"bytes": None, "path": None}
+    return image["bytes"] or "/".join(Path(image["path"] or "").parts[-2:]).encode()
+
+
+def check_unchanged(source: ImageSource, before: dict[str, int] | None, data: str) -> None:
+    """Raise UserError where a run that goes on began with other images."""
+    now = source.sketch()
+    if None in (before, now) or before == now:
+        return
+    told = f"{now['images']} images, and there were {before['images']}"
+    told = told if now["images"] != before["images"] else f"{now['images']} images as before, but others"
+    raise UserError(
+        f"data={data} is no longer what this run trains on: {told}; put it back as it was, or start a new run with "
+        f"another output_dir=..."
+    )
 
 
 def check_classes(given: str, num_classes: int, source: ImageSource, data: str) -> None:

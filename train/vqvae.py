@@ -22,7 +22,7 @@ from train.optimization import make_accelerator
 from train.progress import Progress
 from train.publishing import publish, reserve_repository
 from train.settings import AutoencoderRun, TokenizerRun, VAERun
-from train.sources import CorruptCounter, ImageSource, check_classes, check_readable, open_sources
+from train.sources import CorruptCounter, ImageSource, check_classes, check_readable, check_unchanged, open_sources
 from train.step import TrainingStep
 from train.vae_evaluation import VAEExaminer
 
@@ -66,6 +66,7 @@ def train(
 
     folder.claim(accelerator)
     steps_done, kept = folder.load(accelerator)
+    check_unchanged(source, kept.get("data"), config.data)
     known_corrupt = set(kept.get("corrupt", ()))
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     num_batches = config.optimizer.accumulation_steps  # of a step
@@ -102,7 +103,7 @@ def train(
                 num_images, clock = 0, time.perf_counter()
             if step % config.save_every == 0 or step == config.steps or optimization.stopping:
                 seen = {"corrupt": sorted(unreadable.names), "images_seen": unreadable.images_seen}
-                folder.save(accelerator, step, seen)
+                folder.save(accelerator, step, seen | {"data": source.sketch()})
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
                 raise Stopped

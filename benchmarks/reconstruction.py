@@ -31,7 +31,7 @@ from tokenizer.distances import NUM_RESAMPLES
 from tokenizer.metrics import SSIM_WINDOW
 from tokenizer.pretrained import written_whole
 from train.config import UserError
-from train.optimization import share_threads
+from train.cpu import tune_for_cpu
 from train.settings import SMALLEST_PERCEPTUAL, SourceSettings, ThreadSettings, at_least_one, require
 from train.sources import ImageSource, open_splits, reading
 
@@ -78,7 +78,7 @@ def main(name: str, config: ReconstructionRun) -> None:
     """Measure, and write the record, the table and the pictures."""
     root = Path(config.output_dir or ROOT)
     accelerator = Accelerator()
-    share_threads(accelerator, config.speed)
+    tune_for_cpu(accelerator, config.speed)
     with accelerator.local_main_process_first(), refusals():  # it alone downloads
         judges = Judges(config.perceptual, config.inception, config.mobilenet, accelerator.device)
         tokenizers = open_tokenizers(config, accelerator.device)

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from train.adversarial import adaptive_weight
 from train.checkpoint import SETTINGS_NAME
 from train.config import UserError, launch, to_yaml
+from train.cpu import tune_for_cpu
 from train.data import training_batches
 from train.features import PerceptualDistance
-from train.optimization import share_threads
 from train.settings import PHOTOGRAPHS, DataSettings, ThreadSettings, TokenizerRun, at_least_one, require
 from train.sources import open_sources
 
@@ -95,7 +95,7 @@ def main(config: PeerRun) -> None:
         raise UserError(f"output_dir={config.output_dir} is there already; another one, or move it away")
     set_seed(config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    share_threads(accelerator, config.speed)
+    tune_for_cpu(accelerator, config.speed)
     run = TokenizerRun(
         data=config.data, split=config.split, image_size=config.image_size, batch_size=config.batch_size,
         num_workers=config.num_workers, seed=config.seed, data_options=config.data_options,

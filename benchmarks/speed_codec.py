@@ -24,6 +24,7 @@ from stopwatch import DeviceRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
+from train.cpu import keep_freed_memory
 from train.settings import at_least_one, require
 
 OURS = ("ours", "ours, fast", "ours, bfloat16")
@@ -74,6 +75,7 @@ class CodecRun(DeviceRun):
     max_pixels: int = 2**16  # B x S x S, by which the batch is chosen
     compiled: bool = True  # whether the peer is measured compiled too
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
+    keep_memory: bool = False  # what is freed stays with the process, ours and the peer's: a record of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +86,9 @@ class CodecRun(DeviceRun):
 
 
 def main(config: CodecRun, root: Path = ROOT) -> None:
-    """Measure every model and write results/speed_codec.json under `root`."""
+    """Measure every model and write results/speed_codec.json, or speed_codec_kept_memory.json, under `root`."""
+    if config.keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(config.threads)
     rows = []
     for name in config.models:
@@ -92,7 +96,8 @@ def main(config: CodecRun, root: Path = ROOT) -> None:
         torch.manual_seed(config.seed)
         rows.append({"model": name, **row_of(ARCHITECTURES[name], config)})
     command = command_line("speed", "codec", asdict(config), asdict(CodecRun()), ())
-    record("speed_codec", {"command": command, "settings": asdict(config), "rows": rows}, root)
+    name = "speed_codec_kept_memory" if config.keep_memory else "speed_codec"
+    record(name, {"command": command, "settings": asdict(config), "rows": rows}, root)
 
 
 def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from stopwatch import DeviceRun, in_turns, ratio, seconds_of, spread
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import SETTINGS_NAME
 from train.config import UserError
+from train.cpu import keep_freed_memory
 from train.settings import PHOTOGRAPHS, StoreRun, at_least_one, require
 from train.token_store import INDEX_NAME, TokenStore
 
@@ -62,6 +63,7 @@ class DatasetRun(DeviceRun):
 def main(config: DatasetRun, root: Path = ROOT, model: TokenizerConfig = MODEL) -> None:
     """Measure and write results/speed_dataset.json under `root`."""
     torch.set_num_threads(config.threads)
+    keep_freed_memory()  # as the program does
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from floors import floors, machine_calls, machine_rates, work_of
 from jpeg_photographs import write_photographs
 from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import SpeedRun, finish, four, interleaved, keep_freed_memory, speedup, spread
+from stopwatch import SpeedRun, finish, four, interleaved, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
@@ -64,7 +64,6 @@ class TrainingSpeedRun(SpeedRun):
     images: int = 1024  # JPEG files, and images that the loader reads for a figure
     profiled_steps: int = 8  # with the loader, of which the shares of time are taken
     seconds: float = 1.0  # that a figure is measured over, at least; one step is
-    keep_memory: bool = False  # what is freed stays with the process, ours and the peer's: a record of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,18 +71,15 @@ class TrainingSpeedRun(SpeedRun):
 
 
 def main(config: TrainingSpeedRun, root: Path = ROOT) -> None:
-    """Measure every model and write results/speed_training.json, or speed_training_kept_memory.json, under `root`."""
+    """Measure every model and write results/speed_training.json under `root`."""
     rows = []
-    if config.keep_memory:
-        keep_freed_memory()
     for words in config.models:
         tell(words)
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row_of(words, config, Path(folder)))
     settings = public_settings(config)
     command = command_line("speed", "training", settings, public_settings(TrainingSpeedRun()), ())
-    name = "speed_training_kept_memory" if config.keep_memory else "speed_training"
-    record(name, {"command": command, "settings": settings, "rows": rows}, root)
+    record("speed_training", {"command": command, "settings": settings, "rows": rows}, root)
 
 
 def row_of(words: str, config: TrainingSpeedRun, folder: Path) -> dict[str, Any]:

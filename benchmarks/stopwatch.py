@@ -18,7 +18,6 @@ from train.settings import at_least_one, require
 MIN_ROUNDS = 5
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 Figure = TypeVar("Figure")
 
@@ -142,17 +141,6 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
     before = resident("VmRSS")
     call()
     return max(0, resident("VmHWM") - before)
-
-
-def keep_freed_memory() -> None:
-    """From now on this process gives no freed memory back to the system (glibc; elsewhere nothing changes).
-
-    The allocators that PyTorch's tuning guide advises for a CPU keep it too; it matters where new pages are slow.
-    """
-    change = getattr(ctypes.CDLL(None), "mallopt", None)
-    if change:
-        change(M_MMAP_MAX, 0)
-        change(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def resident(which: str) -> int:

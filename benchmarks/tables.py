@@ -383,13 +383,13 @@ ROWS = {
     "quantizers_many_codes": many_codes_rows,
     "speed_agreement": agreement_rows,
     "speed_codec": codec_rows,
+    "speed_codec_kept_memory": codec_rows,
     "speed_dataset": dataset_rows,
     "speed_generation": speed_generation_rows,
     "speed_large": large_rows,
     "speed_search": search_rows,
     "speed_start": start_rows,
     "speed_training": training_rows,
-    "speed_training_kept_memory": training_rows,
 }
 
 if __name__ == "__main__":

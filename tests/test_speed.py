@@ -1,9 +1,7 @@
 """The measurements of speed end to end, at tiny sizes, their tables, and the stopwatch."""
 
-import ctypes
 import json
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +10,6 @@ import datasets
 import pytest
 import torch
 from conftest import tiny_config
-from processes import run
 
 from tokenizer import ImageTokenizer
 from tokenizer.products import product
@@ -167,30 +164,12 @@ def test_starts_are_summed_up_beyond_torch_round_by_round_and_put_into_the_table
     assert [row["ours is faster"] for row in rows] == ["-", "4x (2 to 6)"]
 
 
-FREED = """
-import torch, stopwatch
-KEPT
-torch.zeros(10).add_(1)
-before = stopwatch.resident("VmRSS")
-torch.zeros(10**7).add_(1)
-print(stopwatch.resident("VmRSS") - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc alone")
-@pytest.mark.parametrize(("kept", "low", "high"), [("stopwatch.keep_freed_memory()", 36e6, 80e6), ("", 0, 4e6)])
-def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept, low, high):
-    folders = os.pathsep.join([str(Path(stopwatch.__file__).parent), *sys.path])
-    done = run([sys.executable, "-c", FREED.replace("KEPT", kept)], PYTHONPATH=folders)
-    assert done.returncode == 0, done.stderr
-    assert low <= int(done.stdout) < high
-
-
-@pytest.mark.parametrize(("keep", "name"), [("true", "speed_training_kept_memory"), ("false", "speed_training")])
-def test_steps_with_freed_memory_kept_have_a_record_of_their_own(keep, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("keep", "name"), [("true", "speed_codec_kept_memory"), ("false", "speed_codec")])
+def test_the_codec_with_freed_memory_kept_has_a_record_of_its_own(keep, name, tmp_path, monkeypatch):
     kept = []  # here, or the tests after this one would keep theirs too
-    monkeypatch.setattr(speed_training, "keep_freed_memory", lambda: kept.append("asked for"))
-    speed_training.main(parse(TrainingSpeedRun, ["models=[]", f"keep_memory={keep}"]), tmp_path)
+    monkeypatch.setattr(speed_codec, "keep_freed_memory", lambda: kept.append("asked for"))
+    monkeypatch.setattr(speed_codec, "row_of", lambda *_: {})
+    speed_codec.main(parse(CodecRun, [f"keep_memory={keep}"]), tmp_path)
     assert recorded(tmp_path, name)["settings"]["keep_memory"] == bool(kept) == (keep == "true")
     assert len(list((tmp_path / "benchmarks/results").iterdir())) == 1
 

@@ -25,7 +25,7 @@ from tokenizer import ImageTokenizer
 from tokenizer.pretrained import CARD_NAME, written_whole
 from train.checkpoint import SETTINGS_NAME, OutputFolder
 from train.config import RunError, Stopped, UserError, launch
-from train.optimization import share_threads
+from train.cpu import tune_for_cpu
 from train.progress import StopRequest
 from train.publishing import publish, reserve_repository
 from train.settings import StoreRun
@@ -68,7 +68,7 @@ def encode_dataset(config: StoreRun, accelerator: Accelerator) -> None:
     if config.push_to_hub and accelerator.is_main_process:
         reserve_repository(config, config.data, "dataset")
     if not folder.finished:
-        share_threads(accelerator, config.speed, config.num_workers)
+        tune_for_cpu(accelerator, config.speed, config.num_workers)
         sources = dict(zip(SPLITS, open_splits(config), strict=True))
         check_classes(f"tokenizer={config.tokenizer}", tokenizer.config.num_classes, sources["train"], config.data)
         check_readable(sources["train"], config.data)

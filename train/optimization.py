@@ -5,7 +5,6 @@ A program calls, for each step, `begin`, its own forward and backward passes, an
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,9 +19,10 @@ from tokenizer import Quantizer
 
 from .checkpoint import RunFolder
 from .config import RunError, UserError
+from .cpu import tune_for_cpu
 from .muon import MuonAdamW
 from .progress import StopRequest
-from .settings import ThreadSettings, TrainingRun
+from .settings import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +44,8 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
         raise UserError(f"mixed_precision={config.mixed_precision} or how it was launched: {error}") from None
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision=fp16 changes nothing on a CPU, which has no such arithmetic; bf16, or no")
-    share_threads(accelerator, config.speed)
+    tune_for_cpu(accelerator, config.speed)
     return accelerator
-
-
-def share_threads(accelerator: Accelerator, speed: ThreadSettings, num_busy_workers: int = 0) -> None:
-    """On CPU, share the cores out among the ranks, less those that their workers keep busy.
-
-    accelerate launch and torchrun leave one thread to each; more threads than free cores wait for each other.
-    """
-    if accelerator.device.type == "cpu":
-        num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(speed.threads or max(1, num_cores // num_local_ranks - num_busy_workers))
 
 
 @dataclass

@@ -27,10 +27,11 @@ from tokenizer.pretrained import written_whole
 from tokenizer.unfilled import unfilled
 from train.checkpoint import RunFolder
 from train.config import Stopped, UserError, differences, launch, public_yaml, to_yaml
+from train.cpu import tune_for_cpu
 from train.data import dealt_batches
 from train.encode_dataset import encode_dataset, open_tokenizer, repo_id_of
 from train.likelihood import Grids, Judge, UnigramCode, as_they_are
-from train.optimization import Optimization, make_accelerator, share_threads
+from train.optimization import Optimization, make_accelerator
 from train.progress import METRICS_NAME, Progress, read_lines, save_sheet
 from train.publishing import publish, reserve_repository
 from train.settings import PriorRun, StoreRun
@@ -61,7 +62,7 @@ def main(config: PriorRun) -> None:
                 f"tokens of no class; leave it out"
             )
         store = open_store(config, tokenizer, accelerator)
-        share_threads(accelerator, config.speed)  # again: writing the store left some to its workers
+        tune_for_cpu(accelerator, config.speed)  # again: writing the store left some to its workers
         train(config, folder, accelerator, store, tokenizer.to(accelerator.device))
     if config.push_to_hub and accelerator.is_main_process:
         prior, card = AutoregressivePrior.from_pretrained(folder.path), model_card(config, folder)

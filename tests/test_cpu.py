@@ -36,7 +36,7 @@ def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept, low, 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize(
-    ("given", "ranks", "busy", "expected"),
+    ("given", "ranks", "busy", "threads"),
     [(None, 1, 0, 6), (None, 2, 0, 3), (None, 2, 2, 1), (None, 9, 3, 1), (5, 2, 2, 5)],
 )
 def test_the_cores_are_shared_out_and_freed_memory_is_kept(given, ranks, busy, threads, monkeypatch):

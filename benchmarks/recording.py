@@ -80,7 +80,7 @@ def is_quoted(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        return dotted([f"key=[{value}]"])["key"] != [value]
+        return dotted([f"key=[{value}]"])["key"] != [value] or dotted([f"key={value}"])["key"] != value
     except ValueError:
         return True
 
@@ -139,10 +139,11 @@ def version_of(library: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name and its widest vector instructions, on Linux."""
+    """The processor's name, which kind of that name it is, and its widest vector instructions, on Linux."""
     info = Path("/proc/cpuinfo")
     lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else {}
     fields = {key.strip(): value.strip() for key, value in lines.items()}
     flags = fields.get("flags", "").split()
     widest = next((flag for flag in ("amx_bf16", "avx512f", "avx2") if flag in flags), "")
-    return f"{fields.get('model name', platform.machine())} {widest}".strip()
+    kind = f"(family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return " ".join(filter(None, (fields.get("model name", platform.machine()), kind, widest)))

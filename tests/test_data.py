@@ -1,20 +1,15 @@
-"""The data: what can be opened, how every kind of picture comes out, and in which order the crops come.
+"""How every kind of picture comes out, and in which order the crops come. What can be opened: test_sources.py.
 
 Run as a program it is one of two ranks and writes what that rank sees: `test_data.py FOLDER`.
 """
 
-import io
 import itertools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +20,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import picture, tiny_config
-from datasets import ClassLabel, Dataset, Features
+from pictures_on_disk import both_ways, fill, flat, numbers, png, settings, take, write_parquet, write_stream
 from PIL import Image
-from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, to_batch
 from train.config import RunError, UserError
-from train.data import MappedCrops, evaluation_batches, holding_signals, outlive_signals, training_batches
+from train.data import MappedCrops, evaluation_batches, holding_signals, outlive_signals
 from train.settings import DataSettings, TokenizerRun
 from train.sources import CorruptCounter, check_readable, find_columns, open_sources, open_splits
 
@@ -39,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine with a single core
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # fork, Python >= 3.12
 ]
-both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
 # (shards, rows in each): the rows of an epoch for each worker of each of two ranks
 STREAMS = {(1, 12): [[6], [6]], (3, 5): [[5, 3], [5, 2]], (4, 3): [[3, 3], [3, 3]], (6, 4): [[8, 4], [8, 4]]}
@@ -57,61 +50,6 @@ def own_state(tmp_path_factory):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def settings(data: str | Path, **changes: Any) -> TokenizerRun:
-    changes = {"image_size": 8, "batch_size": 4, "num_workers": 0, "model": tiny_config()} | changes
-    return TokenizerRun(data=str(data), **changes)
-
-
-def flat(number: int, width: int = 8, height: int = 8) -> Image.Image:
-    """A picture whose every pixel tells its number."""
-    return Image.new("RGB", (width, height), (number, 255 - number, 7))
-
-
-def numbers(crops: Tensor) -> list[int]:
-    return crops[:, 0, 0, 0].tolist()
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def fill(folder: Path, *images: Image.Image) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        image.save(folder / f"{index:03d}.png")
-
-
-def write_parquet(path: Path, content: list[Any], column: str = "image", **more: Any) -> None:
-    """PNG bytes, or {bytes, path} or None as they stand; further columns are (feature, values)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {column: [{"bytes": image, "path": None} if isinstance(image, bytes) else image for image in content]}
-    features = {column: datasets.Image()} | {name: feature for name, (feature, _) in more.items()}
-    columns |= {name: values for name, (_, values) in more.items()}
-    Dataset.from_dict(columns, Features(features)).to_parquet(path)
-
-
-def write_stream(folder: Path, shards: list[list[Any]]) -> None:
-    for index, content in enumerate(shards):
-        write_parquet(folder / f"train-{index}.parquet", content)
-    write_parquet(folder / "validation.parquet", [png(flat(0))])
-
-
-def write_tar(path: Path, content: list[bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for index, image in enumerate(content):
-            member = tarfile.TarInfo(f"{index:03d}.png")
-            member.size = len(image)
-            archive.addfile(member, io.BytesIO(image))
-
-
-def take(config: TokenizerRun, number: int, done: int = 0, known: set[str] = frozenset()) -> list[Any]:
-    """The batches `done`, `done + 1`, ... `done + number - 1`: crops and the names of unreadable images."""
-    batches = training_batches(open_sources(config)[0], config, Accelerator(cpu=True), done, set(known))
-    return [(batch.crops, {name for name, _ in batch.corrupt}) for batch in itertools.islice(batches, number)]
-
-
 def order(config: TokenizerRun, number: int) -> list[int]:
     return [number for crops, _ in take(config, number) for number in numbers(crops)]
 
@@ -119,139 +57,6 @@ def order(config: TokenizerRun, number: int) -> list[int]:
 def same(batches: list[Any], others: list[Any]) -> bool:
     pairs = list(zip(batches, others, strict=True))
     return all(torch.equal(mine[0], other[0]) and mine[1] == other[1] for mine, other in pairs)
-
-
-# What can be opened.
-
-
-def test_the_embedded_validation_photographs_are_in_colour_and_never_trained_on():
-    source, rows = open_sources(settings("photographs"))
-    assert {Path(source.name(row)).name for row in rows} == {"chelsea.png", "flower.jpg"}
-    everything = [*source.rows, *rows]
-    assert len({Path(source.name(row)).read_bytes() for row in everything}) == len(everything) == 11
-    for row in everything:
-        red, _, blue = source.image(row).split()
-        assert red != blue
-
-
-@both_ways
-def test_a_folder_gives_images_classes_and_splits(tmp_path, streaming):
-    for split in ("train", "test"):
-        fill(tmp_path / "plain" / split, flat(1), flat(2))
-        for name in ("cat", "dog"):
-            fill(tmp_path / "classes" / split.replace("test", "validation") / name, *[flat(3)] * 3)
-    source, rows = open_sources(settings(tmp_path / "plain", streaming=streaming))
-    assert (source.image_column, source.label_column, source.class_names) == ("image", None, None)
-    assert len(list(source.rows)) == len(rows) == 2
-    source, rows = open_sources(settings(tmp_path / "classes", streaming=streaming))
-    assert (source.label_column, source.class_names) == ("label", ["cat", "dog"])
-    assert [row["label"] for row in source.rows] == [0, 0, 0, 1, 1, 1]
-    assert all("validation" in source.name(row) for row in rows)
-    for key in ("split", "eval_split"):
-        with pytest.raises(UserError, match=rf"^{key}=dev is not a split of .*; it has train, validation$"):
-            open_sources(settings(tmp_path / "classes", streaming=streaming, **{key: "dev"}))
-
-
-@both_ways
-@pytest.mark.parametrize("pattern", ["folder", "folder/*.png", "*.parquet", "shards/*.tar"])
-def test_data_without_a_validation_split_holds_out_a_seeded_part(tmp_path, pattern, streaming):
-    fill(tmp_path / "folder", *map(flat, range(200)))
-    (tmp_path / "shards").mkdir()
-    for part in range(2):
-        content = [png(flat(number)) for number in range(100 * part, 100 * part + 100)]
-        write_parquet(tmp_path / f"{part}.parquet", content)
-        write_tar(tmp_path / "shards" / f"{part}.tar", content)
-
-    def opened(seed: int) -> list[list[str]]:
-        source, rows = open_sources(settings(tmp_path / pattern, streaming=streaming, seed=seed))
-        source = pickle.loads(pickle.dumps(source))  # the way to a worker
-        return [[source.name(row) for row in part] for part in (source.rows, rows)]
-
-    training, validation = opened(0)
-    assert len({*training, *validation}) == len(training) + len(validation) == 200
-    assert 1 <= len(validation) <= 12
-    assert opened(0) == [training, validation] != opened(1)
-
-
-@both_ways
-def test_columns_are_found_by_their_type_or_named_by_the_user(tmp_path, streaming):
-    content = [png(flat(number)) for number in range(100)]
-    kinds = (ClassLabel(names=["x", "y"]), [0, 1] * 50)
-    junk = (datasets.Image(), [{"bytes": b"junk", "path": None}] * 100)
-    write_parquet(tmp_path / "one" / "0.parquet", content, "odd name", kind=kinds)
-    write_parquet(tmp_path / "two" / "0.parquet", content, "left", right=junk, kind=kinds)
-    source, _ = open_sources(settings(tmp_path / "one" / "*.parquet", streaming=streaming))
-    assert (source.image_column, source.label_column, source.class_names) == ("odd name", "kind", ["x", "y"])
-    config = settings(tmp_path / "two", streaming=streaming)
-    for column, words in [
-        (None, r"has 2 columns .*\(left, right\).*: data_options.image_column="),
-        ("up", "image_column=up"),
-    ]:
-        config.data_options.image_column = column
-        with pytest.raises(UserError, match=words):
-            open_sources(config)
-    config.data_options.image_column = "left"
-    assert take(config, 1)[0][1] == set()  # the damaged column beside it is not looked at
-
-
-@both_ways
-def test_a_label_column_that_holds_no_classes_is_refused(tmp_path, streaming):
-    write_parquet(tmp_path / "0.parquet", [png(flat(0))] * 2, "image", label=(datasets.Value("float64"), [0.5, 1.5]))
-    config = settings(tmp_path, streaming=streaming)
-    config.data_options.label_column = "label"
-    with pytest.raises(UserError, match="label_column=label .*holds Value.*class_encode_column"):
-        open_sources(config)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("empty", "doesn't contain any data files"),
-        ("words", "has no column of images among text; choose one: data_options.image_column="),
-        ("nowhere", "is read as a path, and there is no file or folder of that name"),
-        ("nowhere/*.png", "is read as a path, and there is no file or folder of that name"),
-        ("broken.parquet", r"read as a path to images, parquet or tar files\) cannot be read: Parquet magic bytes"),
-        ("broken.tar", "cannot be read: "),
-        ("single", "holds a single image"),
-        ("nobody/nothing", r"read as a Hub id, for there is no such path\) cannot be read: "),
-    ],
-)
-def test_data_that_cannot_be_opened_is_one_line_for_the_user(tmp_path, name, words):
-    fill(tmp_path / "single", flat(0))
-    for folder in ("empty", "words"):
-        (tmp_path / folder).mkdir()
-    for file in ("words/words.txt", "broken.parquet", "broken.tar"):
-        (tmp_path / file).write_text("no pictures here")
-    with pytest.raises(UserError, match=words) as refusal:
-        open_sources(settings(name if name == "nobody/nothing" else tmp_path / name))
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_stream_too_short_to_hold_out_an_image_says_so(tmp_path):
-    write_parquet(tmp_path / "0.parquet", [b"two", b"rows"])
-    with pytest.raises(UserError, match="has no image to validate on; name a split that has some: eval_split="):
-        open_sources(settings(tmp_path, streaming=True))
-
-
-def become_nobody() -> None:
-    """To the administrator no folder is locked."""
-    if os.getuid() == 0:
-        os.setuid(65534)
-
-
-def refusal_of(config: TokenizerRun) -> str:
-    with pytest.raises(UserError) as refusal:
-        open_sources(config)
-    return str(refusal.value)
-
-
-def test_a_locked_folder_is_refused():
-    with tempfile.TemporaryDirectory() as outer:
-        os.chmod(outer, 0o755)
-        locked = Path(outer, "locked")
-        locked.mkdir(mode=0)
-        with get_context("fork").Pool(1, initializer=become_nobody) as pool:
-            assert f"data={locked} cannot be read: permission denied" in pool.apply(refusal_of, [settings(locked)])
 
 
 # Pictures of every kind.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from processes import run
@@ -32,6 +32,7 @@ class MeasuredRun:
     number: float = 1.0
 
 
+@example("-", ["-"], 1.0)
 @given(WORDS.map(str.strip), st.lists(WORDS.map(str.strip), max_size=3), st.floats(1e-9, 1e9))
 def test_a_recorded_command_gives_the_program_the_same_settings(word, words, number):
     config = MeasuredRun(words, word, number)

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, disable_progress_bars, load_dataset_builder
 from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PILImage
 
 from tokenizer.images import convert
@@ -37,6 +38,8 @@ HELD_OUT = 50  # one image in fifty is held out where the data has no validation
 PROBED_IMAGES = 64  # before a run starts, until one can be read
 SKETCHED_IMAGES = 64  # at least, spread over all, where there are so many
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
+HIDDEN = (".", "__")  # so begins the name of what `datasets` takes for hidden
 SPLIT_FOLDERS = {name for names in SPLIT_KEYWORDS.values() for name in names}  # which are no classes
 
 Unreadable = tuple[str, str]  # the name of an image and why it could not be decoded
@@ -152,7 +155,26 @@ def load_splits(
     else:
         builder.download_and_prepare()
         splits = builder.as_dataset()
+        if "data_files" not in arguments and is_path(config.data):
+            warn_of_unread(
+                config.data, arguments["path"], sum(part.num_examples for part in builder.info.splits.values())
+            )
     return splits[config.split], splits[wanted] if wanted not in (None, config.split) else None
+
+
+def warn_of_unread(data: str, folder: str, num_read: int) -> None:
+    """Tell of the image files in a folder that `datasets` passes over, which it does in silence."""
+    files = []
+    for _, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        files += [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(HIDDEN)]
+    if len(files) > num_read:
+        log.warning(
+            "data=%s: %d of %d image files are not read: `datasets` follows no link to a folder, takes what a metadata "
+            "file lists and no more, and nothing beside what is named like a split (train, test, ...); "
+            'data="%s/**/*%s" reads all',
+            *(data, len(files) - num_read, len(files), data, Path(files[0]).suffix),
+        )
 
 
 def is_path(data: str) -> bool:
@@ -171,13 +193,21 @@ def locate(data: str, subset: str | None) -> dict[str, Any]:
         return {"path": data, "name": subset}
     path = os.path.expanduser(data)
     if os.path.isdir(path):
+        if glob.has_magic(path):
+            raise UserError(
+                f"data={data} has one of * ? [ in its name, by which `datasets` would look for others; rename it, or "
+                f"name its files by a pattern with that character in brackets: data='{glob.escape(data)}/**/*.png'"
+            )
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"data={data} cannot be read: permission denied; change its mode or run as its owner")
         return {"path": path}
-    files = sorted(glob.glob(path, recursive=True))
+    files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
         raise UserError(f"data={data} is read as a path, and there is no file or folder of that name")
-    return {"path": BUILDERS.get(Path(files[0]).suffix.lower(), "imagefolder"), "data_files": {"train": files}}
+    return {
+        "path": BUILDERS.get(Path(files[0]).suffix.lower(), "imagefolder"),
+        "data_files": {"train": [*map(glob.escape, files)]},
+    }
 
 
 def find_columns(rows: Dataset | IterableDataset, data: str, options: SourceSettings) -> ImageSource:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Which of a side's three weights are added up in each of the four of the transposed convolution.
+SUMMED = [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 
 
@@ -145,9 +147,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.conv.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
-        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (in, out, 4, 4)
-        return F.conv_transpose2d(features, sums, self.conv.bias, stride=2, padding=1)
+        weight = self.conv.weight  # (out, in, 3, 3)
+        sides = weight.new_tensor(SUMMED)
+        sums = torch.kron(sides, sides) @ weight.flatten(2).permute(1, 2, 0)  # (in, 16, out)
+        kernel = sums.unflatten(1, (4, 4)).movedim(3, 1)  # (in, out, 4, 4), channels last
+        return F.conv_transpose2d(features, kernel, self.conv.bias, stride=2, padding=1)
 
 
 def level(
@@ -168,9 +172,15 @@ def middle(channels: int, attention: bool, norm_groups: int, dropout: float) -> 
     return nn.Sequential(first, *([AttentionBlock(channels, norm_groups)] if attention else []), last)
 
 
-def output_head(channels: int, out_channels: int, norm_groups: int) -> nn.Sequential:
+class OutputHead(nn.Sequential):
     """Norm, SiLU, 3x3 convolution: the end of the encoder and of the decoder."""
-    return nn.Sequential(group_norm(channels, norm_groups), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+
+    def __init__(self, channels: int, out_channels: int, norm_groups: int):
+        convolution = nn.Conv2d(channels, out_channels, 3, padding=1)
+        super().__init__(group_norm(channels, norm_groups), nn.SiLU(), convolution)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self[2](activated(self[0], features))
 
 
 class ConvolutionalAutoencoder(nn.Module):
@@ -224,7 +234,7 @@ class ConvolutionalAutoencoder(nn.Module):
             encoder[f"level_{index}"] = level(channels, width, num_res_blocks, index in attention_levels, **options)
             channels = width
         encoder["middle"] = middle(channels, middle_attention, **options)
-        encoder["head"] = output_head(channels, latent_channels, norm_groups)
+        encoder["head"] = OutputHead(channels, latent_channels, norm_groups)
         encoder["to_codes"] = nn.Conv2d(latent_channels, num_moments * codebook_dim, 1)
         layers = ConditionalSequential if num_classes else nn.Sequential
         self.encoder = layers(OrderedDict(encoder))
@@ -240,7 +250,7 @@ class ConvolutionalAutoencoder(nn.Module):
             channels = width
             if index > 0:
                 decoder[f"upsample_{index}"] = Upsample(channels)
-        decoder["head"] = output_head(channels, patch_channels, norm_groups)
+        decoder["head"] = OutputHead(channels, patch_channels, norm_groups)
         decoder["unpatchify"] = nn.PixelShuffle(patch_size)
         self.decoder = layers(OrderedDict(decoder))
 
@@ -254,6 +264,7 @@ class ConvolutionalAutoencoder(nn.Module):
             if isinstance(block, ResidualBlock):
                 block.branch_to(torch.bfloat16)
         self.decoder.to(torch.bfloat16)
+        self.to(memory_format=torch.channels_last)  # as features lie, or each convolution would copy its weights
 
 
 def check_counts(**counts: int) -> None:

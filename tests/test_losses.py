@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -121,6 +122,17 @@ def test_perceptual_loss_is_the_weighted_mean_of_the_distances_and_leaves_the_pi
     assert losses.keys() == {"l2", "perceptual"}
     torch.testing.assert_close(losses["perceptual"], 0.5 * loss.perceptual(one, two).mean())
     torch.testing.assert_close(losses["l2"], ReconstructionLoss(LossSettings().complete())(one, two)["l2"])
+
+
+def test_perceptual_distance_is_what_lpips_says_of_pictures_scaled_as_it_wants_them(squeeze_home):
+    import lpips
+
+    first, second = torch.rand(2, 2, 3, 20, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = lpips.LPIPS(net="squeeze", verbose=False).eval()
+    expected = theirs(first, second, normalize=True).flatten()  # from [0, 1], by its own scaling
+    torch.testing.assert_close(PerceptualDistance("squeeze").train()(first, second), expected)
 
 
 def test_perceptual_distance_is_0_for_equal_pictures_symmetric_and_of_each_picture(squeeze_home):

@@ -187,6 +187,15 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
+def test_the_card_which_says_that_all_is_there_is_renamed_last(tmp_path, monkeypatch):
+    renamed, plain = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: renamed.append(Path(target).name) or plain(source, target)
+    )
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert (sorted(renamed), renamed[-1]) == (sorted([CONFIG, WEIGHTS, "README.md"]), "README.md")
+
+
 def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
     """Change the contents of a config.json or of a safetensors file."""
     if path.suffix == ".json":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenizer.images import pil_to_tensor, prepare_pil
 from train.config import UserError
-from train.sources import ImageSource, open_splits, reading
+from train.sources import ImageSource, open_measured, reading
 
 READ_AT_ONCE = 100
 
@@ -69,7 +69,7 @@ def picture_batches(
 def validation_pictures(config: Any, channels: int, side: int, limit: int) -> Tensor:
     """The first `limit` pictures (N, C, S, S) uint8 of the validation split that a program's settings name."""
     with reading(config.data):
-        source = open_splits(config)[1]
+        source = open_measured(config)
         batches = picture_batches(source, channels, side, limit, READ_AT_ONCE, rank=0, num_ranks=1)
         return torch.cat([batch for _, batch in batches])
 

@@ -33,7 +33,7 @@ from tokenizer.pretrained import written_whole
 from train.config import UserError
 from train.cpu import tune_for_cpu
 from train.settings import SMALLEST_PERCEPTUAL, SourceSettings, ThreadSettings, at_least_one, require
-from train.sources import ImageSource, open_splits, reading
+from train.sources import ImageSource, open_measured, reading
 
 Contender = SavedTokenizer | Codec
 
@@ -46,7 +46,7 @@ class ReconstructionRun:
     data: str = "uoft-cs/cifar10"  # as for train/vqvae.py
     named: str | None = None  # the Hub id of `data` where that is a path; stands in the record in its place
     split: str = "train"  # split that the tokenizers were trained on; held out from where there is no other
-    eval_split: str | None = None  # split to measure on; default: validation, else test, else a seeded 2% held out
+    eval_split: str | None = None  # split to measure on; default: validation, else test, else 2% held out of `split`
     streaming: bool = False  # read the data as it comes, never the whole of it on disk
     image_size: int = 32  # pixels; short sides are brought to it and the centred square cut out
     num_images: int = 50_000  # at most, the first ones
@@ -83,7 +83,7 @@ def main(name: str, config: ReconstructionRun) -> None:
         judges = Judges(config.perceptual, config.inception, config.mobilenet, accelerator.device)
         tokenizers = open_tokenizers(config, accelerator.device)
         with reading(config.data):
-            source = open_splits(config)[1]
+            source = open_measured(config)
     codecs = [Codec(codec, quality) for codec, ladder in LADDERS.items() for quality in ladder if config.codecs]
     contenders = [*tokenizers, *codecs]
     pictures = batches(config, source, tokenizers[0].channels, accelerator)
@@ -183,7 +183,7 @@ def protocol_of(config: ReconstructionRun, source: ImageSource, reference: Tally
     split = str(source.rows.split or config.eval_split or "validation")  # the embedded photographs bear no name
     return {
         "settings": config.public(),
-        "split": f"held out of {split}, seed {config.seed}" if split == config.split else split,
+        "split": split if config.eval_split or split != config.split else f"held out of {split}, seed {config.seed}",
         "images": reference.num_images,
         "sha256": reference.content_hash(),
         "preparation": f"short side to {config.image_size} bicubic, antialiased, centred square, 8 bits",

@@ -163,6 +163,12 @@ def test_the_record_says_which_pictures_were_held_out(files, tmp_path):
     assert measured(tmp_path)["protocol"]["images"] == 2
 
 
+def test_a_split_that_is_named_is_measured_whole_even_where_it_is_the_only_one(files, tmp_path):
+    main("tiny", arguments(files, tmp_path, data=files / "one_split", eval_split="train", codecs=False))
+    protocol = measured(tmp_path)["protocol"]
+    assert (protocol["split"], protocol["images"]) == ("train", len(list((files / "one_split").rglob("*.png"))))
+
+
 def test_grey_pictures_are_measured_by_the_same_judges(files, tmp_path, squeeze_home, mobilenet_file):
     grey = {"tokenizers": f"[{files / 'grey'}]", "perceptual": "squeeze", "mobilenet": mobilenet_file, "num_images": 5}
     main("tiny", arguments(files, tmp_path, **grey))

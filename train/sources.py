@@ -110,6 +110,15 @@ def open_splits(config: AutoencoderRun | StoreRun) -> tuple[ImageSource, ImageSo
     return replace(source, rows=train), replace(source, rows=validation)
 
 
+def open_measured(config: AutoencoderRun | StoreRun) -> ImageSource:
+    """The validation images for what trains nothing: a split that is named is then whole, even where it is `split`."""
+    if config.eval_split != config.split:
+        return open_splits(config)[1]
+    with reading(config.data):
+        rows, _ = load_splits(config)
+        return find_columns(rows, config.data, config.data_options)
+
+
 @contextmanager
 def reading(data: str) -> Iterator[None]:
     """A UserError in place of whatever reading `data` raises."""

@@ -1,7 +1,16 @@
 """Shared pieces of the tests: tiny real models and pictures."""
 
 import os
+import sys
 from pathlib import Path
+
+# What is tested, here and in every process that a test starts, is the code beside the tests, whatever is installed; a
+# program launched by path finds its siblings, and so do its tests.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Before any library is imported, and for every process that a test starts: no network, and threads that never fight.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # 0 in the processes that talk to a server of ours

@@ -10,19 +10,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from contenders import SavedTokenizer
 from datasets import ClassLabel
+from generation import GenerationRun, reconstructed
+from labelled_images import LabelledImages
 from PIL import Image
 from processes import TWO_RANKS, assert_close_runs, records, run
+from quantizers import checked
 from safetensors.torch import load_file
 from test_data import flat, numbers, png, write_parquet
 from tiny_runs import TINY_VAE, assert_resumes_to_the_bit, train_here, train_vae
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from contenders import SavedTokenizer
-from generation import GenerationRun, reconstructed
-from labelled_images import LabelledImages
-from quantizers import checked
 
 from tokenizer import ImageTokenizer, ImageVAE
 from tokenizer.image_model import ImageModel

@@ -1,12 +1,11 @@
 """Codecs by hand, and where it stands written what a tokenizer was trained on: on disk and on a Hub."""
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config
+from contenders import Codec, SavedTokenizer, perceptual_loss_of
 from hub_server import in_own_process, serve_hub
 from PIL import Image
 from test_model import images_of, placed
@@ -16,10 +15,6 @@ from test_tokens import STRUCTURES
 from tokenizer import ModelCard
 from train.config import parse, to_yaml
 from train.settings import TokenizerRun
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from contenders import Codec, SavedTokenizer, perceptual_loss_of
 
 SIDE, TOKEN = 20, "hf_right"
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from accelerate.state import AcceleratorState
 from conftest import picture, tiny_config
 from pictures_on_disk import both_ways, fill, flat, numbers, png, settings, take, write_parquet, write_stream
 from PIL import Image
+from processes import TWO_RANKS, run
 
 from tokenizer.images import pil_to_tensor, to_batch
 from train.config import RunError, UserError
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine with a single core
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # fork, Python >= 3.12
 ]
-TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
 # (shards, rows in each): the rows of an epoch for each worker of each of two ranks
 STREAMS = {(1, 12): [[6], [6]], (3, 5): [[5, 3], [5, 2]], (4, 3): [[3, 3], [3, 3]], (6, 4): [[8, 4], [8, 4]]}
 
@@ -279,9 +278,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
         content = [[png(flat(rows * shard + row)) for row in range(rows)] for shard in range(shards)]
         write_stream(folder / f"{shards}x{rows}", content)
     write_stream(folder / "short", [[png(flat(9))]])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([*TWO_RANKS, folder], check=False, env=environment, capture_output=True, text=True)
+    done = run([sys.executable, *TWO_RANKS, __file__, str(folder)])
     assert done.returncode == 0, done.stderr
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -1,19 +1,14 @@
 """The mutual information gap against what it must be, and the generated shapes that it is measured on."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from disentanglement import NUM_BINS, discretised, entropy, mutual_information, mutual_information_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import mutual_info_score
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from disentanglement import NUM_BINS, discretised, entropy, mutual_information, mutual_information_gap
 from shapes import FACTORS, RADII, SIDE, all_shapes
+from sklearn.metrics import mutual_info_score
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,27 +1,23 @@
 """The judging of samples, on tiny real models and pictures whose classes are plain to see."""
 
 import json
-import sys
 from pathlib import Path
 
+import generation
 import numpy as np
 import pytest
+import tables
 import torch
+from classifier import accuracy, predict, shifted, train_classifier
 from conftest import tiny_config
+from generation import GenerationRun, command_of, main, recognised, share
+from labelled_images import LabelledImages
+from neighbours import CHUNK, distances_of, nearest
 from PIL import Image
 
 from prior import AutoregressivePrior, PriorConfig
 from tokenizer import ImageTokenizer
 from train.config import UserError, parse
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-import generation
-import tables
-from classifier import accuracy, predict, shifted, train_classifier
-from generation import GenerationRun, command_of, main, recognised, share
-from labelled_images import LabelledImages
-from neighbours import CHUNK, distances_of, nearest
 
 CPU = torch.device("cpu")
 SIDE, NAMES = 8, ["dark", "half", "light"]

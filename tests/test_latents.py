@@ -2,20 +2,16 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from latent_pictures import BETWEEN, ENLARGED, GAP, Space, tiled
 from PIL import Image
+from shapes import FACTORS, SIDE, all_shapes
 
 from tokenizer import ImageVAE
 from train.config import UserError
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from latent_pictures import BETWEEN, ENLARGED, GAP, Space, tiled
-from shapes import FACTORS, SIDE, all_shapes
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "latents.py"
 spec = importlib.util.spec_from_file_location("latents_program", PROGRAM)  # tests/latents.py has the other name

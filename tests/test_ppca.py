@@ -3,25 +3,20 @@
 import functools
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from em_view import draw, generated, half_steps, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from ppca import ProbabilisticPCA, Responsibilities
 from torch import nn
 
 from tokenizer import ImageVAE, VAEConfig
 from tokenizer.autoencoder import AUTOENCODERS
 from tokenizer.posteriors.normal import gaussian_kl
 from train.losses import gaussian_nats
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from em_view import draw, generated, half_steps, table
-from ppca import ProbabilisticPCA, Responsibilities
 
 SIDE, NUM_LATENTS, NUM_IMAGES = 4, 2, 300
 

@@ -4,21 +4,17 @@ import json
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+import quantizers
+import tables
 import torch
+from quantizers import MODELS, SHARED, QuantizersRun, checked, main
+from recording import public_settings
 
 from tokenizer import POSTERIORS, QUANTIZERS, ImageTokenizer
 from train.config import UserError, parse
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-import quantizers
-import tables
-from quantizers import MODELS, SHARED, QuantizersRun, checked, main
-from recording import public_settings
 
 ROOT = Path(__file__).parents[1]
 EMA = "model.quantizer.codebook_size=8"

@@ -6,14 +6,21 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+import contenders
 import numpy as np
 import pytest
+import tables
 import torch
+from comparison_sheet import drawn
 from conftest import picture, tiny_config
+from contenders import SavedTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judges import Judges, Tally
 from PIL import Image
 from processes import TWO_RANKS, run
+from rate_distortion import at_same_bits
+from reconstruction import ReconstructionRun, main
 
 from tokenizer import ImageTokenizer, ModelCard
 from tokenizer.distances import FeatureMoments, frechet_distance, kernel_distance
@@ -21,16 +28,6 @@ from tokenizer.images import prepare_pil
 from tokenizer.metrics import perplexity, psnr, usage
 from train.config import UserError, parse, to_yaml
 from train.settings import TokenizerRun
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-import contenders
-import tables
-from comparison_sheet import drawn
-from contenders import SavedTokenizer
-from judges import Judges, Tally
-from rate_distortion import at_same_bits
-from reconstruction import ReconstructionRun, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -6,19 +6,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
+import recording
+import training
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from processes import run
-
-from train.config import UserError, parse
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-import recording
-import training
 from recording import command_line, launch_named, save_plot
 from stopwatch import check_device, each_at_least_one
+
+from train.config import UserError, parse
 
 WORDS = st.text(st.characters(codec="ascii", exclude_categories=("Cc",), exclude_characters="${}\\"), max_size=12)
 

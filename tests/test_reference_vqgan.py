@@ -1,21 +1,17 @@
 """The peers' loop end to end at a few steps, and its network measured through the doors of ours."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import picture
+from contenders import SavedTokenizer
 from diffusers import VQModel
+from diffusers_peer import DiffusersTokenizer, is_vq_model
+from reference_vqgan import GRADIENT_PENALTY, Discriminator, PeerRun, discriminator_loss, main
 from torch import nn
 
 from train.config import UserError, parse
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-from contenders import SavedTokenizer
-from diffusers_peer import DiffusersTokenizer, is_vq_model
-from reference_vqgan import GRADIENT_PENALTY, Discriminator, PeerRun, discriminator_loss, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -1,21 +1,17 @@
 """The reference at its published sizes, its codebook against a plain computation, and the comparison end to end."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from train.config import UserError, parse
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
 import reference_vqvae
 import tables
+import torch
 from recording import num_parameters
 from reference_vqvae import ReferenceQuantizer, ReferenceRun, ReferenceVQVAE, batches, main
 from trained_tokenizers import folder_name
+
+from train.config import UserError, parse
 
 
 def test_the_network_has_the_published_sizes():

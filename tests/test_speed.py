@@ -2,23 +2,12 @@
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
-import pytest
-import torch
-from conftest import tiny_config
-
-from tokenizer import ImageTokenizer
-from tokenizer.products import product
-from train.config import UserError, parse
-from train.token_store import TokenStore
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
 import floors
+import pytest
 import speed_agreement
 import speed_codec
 import speed_dataset
@@ -30,6 +19,8 @@ import speed_tables
 import speed_training
 import stopwatch
 import tables
+import torch
+from conftest import tiny_config
 from speed_agreement import AgreementRun
 from speed_codec import CodecRun
 from speed_dataset import DatasetRun
@@ -38,6 +29,11 @@ from speed_large import LargeRun
 from speed_search import SearchRun
 from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
+
+from tokenizer import ImageTokenizer
+from tokenizer.products import product
+from train.config import UserError, parse
+from train.token_store import TokenStore
 
 
 @pytest.fixture(autouse=True)

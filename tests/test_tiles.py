@@ -1,10 +1,9 @@
 """Large pictures in tiles: where they equal the whole, how they pass into each other, memory, and every refusal."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+import stopwatch
 import torch
 from conftest import TINY_AUTOENCODER, tiny_config
 from hypothesis import given, settings
@@ -13,10 +12,6 @@ from torch import Tensor, nn
 
 from tokenizer import QUANTIZERS, ImageTokenizer, ImageVAE, VAEConfig
 from tokenizer.tiles import Tiles
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
-import stopwatch
 
 LOCAL = TINY_AUTOENCODER | {"base_channels": 4, "norm_groups": 0}  # no norm and no attention
 FACTOR = 2

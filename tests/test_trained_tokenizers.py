@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run
-
-from train.config import UserError, parse
-from train.settings import TokenizerRun
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # as a program launched by path finds its siblings
-
 import trained_tokenizers
+from processes import run
 from trained_tokenizers import (
     Pictures,
     TrainedRun,
@@ -26,6 +20,9 @@ from trained_tokenizers import (
     summaries,
     train_ours,
 )
+
+from train.config import UserError, parse
+from train.settings import TokenizerRun
 
 PEAK_MEMORY = str(Path(__file__).parents[1] / "benchmarks/peak_memory.py")
 MEGABYTE = 2**20

@@ -13,8 +13,8 @@ sides = st.integers(1, 40)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes of the left matrices that oneDNN is given."""
-    seen, plain = [], products.ONEDNN_LINEAR
+    """The shapes of the left matrices that oneDNN, or what stands for it, is given."""
+    seen, plain = [], products.ONEDNN_LINEAR or (lambda left, right, *_: left @ right.t())
     monkeypatch.setattr(products, "ONEDNN_LINEAR", lambda left, *rest: seen.append(left.shape) or plain(left, *rest))
     return seen
 
@@ -36,7 +36,6 @@ def test_rows_of_larger_matrices_are_taken_as_they_lie():
     torch.testing.assert_close(product(wide[::2, 5:15], wide[3:13, ::3]), wide[::2, 5:15] @ wide[3:13, ::3])
 
 
-@pytest.mark.skipif(products.ONEDNN_LINEAR is None, reason="this PyTorch has no oneDNN")
 def test_float32_goes_to_onednn_but_where_there_are_few_rows(calls):
     right = torch.randn(3, 5)
     for rows in (1, FEWEST_ROWS - 1, FEWEST_ROWS, 50):
@@ -51,6 +50,17 @@ def test_other_types_and_autocast_are_left_to_pytorch(calls, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         assert product(left, right).dtype == torch.bfloat16
     assert calls == []
+
+
+def test_where_a_gradient_is_wanted_it_is_pytorchs_own(calls):
+    left, right = torch.randn(8, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    product(left, right).sum().backward()
+    torch.testing.assert_close(left.grad, right.sum(1).expand(8, 3))
+    torch.testing.assert_close(right.grad, left.sum(0)[:, None].expand(3, 5))
+    assert calls == []
+    with torch.no_grad():
+        product(left, right)
+    assert len(calls) == 1
 
 
 def test_without_onednn_it_is_pytorchs_own(monkeypatch):

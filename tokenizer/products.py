@@ -4,28 +4,34 @@ PyTorch leaves them to MKL, which on other processors than Intel's uses half of 
 computes its convolutions, fills it.
 """
 
+import platform
+
 import torch
 from torch import Tensor
 
-# What `torch.compile` puts in the place of a frozen linear layer; no public function leads there. None: it is not here.
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# What `torch.compile` puts in the place of a frozen linear layer; no public function leads there. None: it is not here,
+# or nobody has measured it here.
+ONEDNN_LINEAR = None
+if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
+    ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 4  # of the left matrix: with fewer, MKL is done before oneDNN has begun
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`, (n, m) from (n, d) and (d, m), up to rounding and without gradients."""
-    if for_onednn(left) and right.dtype == torch.float32:
+    """`left @ right`, (n, m) from (n, d) and (d, m), up to rounding."""
+    if is_for_onednn(left, right):
         return ONEDNN_LINEAR(left, right.t(), None, "none", [], "")
     return left @ right
 
 
-def for_onednn(left: Tensor) -> bool:
-    """Whether the product with this matrix is oneDNN's, which neither autocast nor a trace for a compiler knows."""
+def is_for_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN is to multiply these, of which neither autograd nor autocast nor a trace for a compiler knows."""
     return (
         ONEDNN_LINEAR is not None
         and left.device.type == "cpu"
-        and left.dtype == torch.float32
+        and left.dtype == right.dtype == torch.float32
         and len(left) >= FEWEST_ROWS
+        and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

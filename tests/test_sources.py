@@ -184,6 +184,7 @@ def test_a_folder_all_of_which_is_read_is_opened_without_a_word(tmp_path, caplog
         fill(tmp_path / split / "cat", flat(1), flat(2))
     fill(tmp_path / ".thumbnails", flat(3))
     fill(tmp_path / "__MACOSX", flat(3))
+    (tmp_path / "train" / "round").symlink_to(tmp_path)
     open_sources(settings(tmp_path))
     assert caplog.text == ""
 

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Which of a side's three weights are added up in each of the four of the transposed convolution.
-SUMMED = [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 
 
@@ -147,11 +145,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.conv.weight  # (out, in, 3, 3)
-        sides = weight.new_tensor(SUMMED)
-        sums = torch.kron(sides, sides) @ weight.flatten(2).permute(1, 2, 0)  # (in, 16, out)
-        kernel = sums.unflatten(1, (4, 4)).movedim(3, 1)  # (in, out, 4, 4), channels last
-        return F.conv_transpose2d(features, kernel, self.conv.bias, stride=2, padding=1)
+        weight = self.conv.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
+        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (in, out, 4, 4)
+        return F.conv_transpose2d(features, sums, self.conv.bias, stride=2, padding=1)
 
 
 def level(

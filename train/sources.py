@@ -164,17 +164,21 @@ def load_splits(
     else:
         builder.download_and_prepare()
         splits = builder.as_dataset()
-        if "data_files" not in arguments and is_path(config.data):
-            warn_of_unread(
-                config.data, arguments["path"], sum(part.num_examples for part in builder.info.splits.values())
-            )
+        is_folder = is_path(config.data) and "data_files" not in arguments
+        if is_folder and os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a machine one looks
+            num_read = sum(part.num_examples for part in builder.info.splits.values())
+            warn_of_unread(config.data, arguments["path"], num_read)
     return splits[config.split], splits[wanted] if wanted not in (None, config.split) else None
 
 
 def warn_of_unread(data: str, folder: str, num_read: int) -> None:
     """Tell of the image files in a folder that `datasets` passes over, which it does in silence."""
-    files = []
-    for _, folders, names in os.walk(folder, followlinks=True):
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # links may lead round in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         files += [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(HIDDEN)]
     if len(files) > num_read:

@@ -196,6 +196,12 @@ def test_the_card_which_says_that_all_is_there_is_renamed_last(tmp_path, monkeyp
     assert (sorted(renamed), renamed[-1]) == (sorted([CONFIG, WEIGHTS, "README.md"]), "README.md")
 
 
+def test_kernels_of_a_loaded_model_lie_as_features_do(saved):
+    kernels = [weight for weight in load(saved).autoencoder.parameters() if weight.ndim == 4]
+    assert kernels
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+
+
 def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
     """Change the contents of a config.json or of a safetensors file."""
     if path.suffix == ".json":

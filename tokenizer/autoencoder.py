@@ -260,7 +260,6 @@ class ConvolutionalAutoencoder(nn.Module):
             if isinstance(block, ResidualBlock):
                 block.branch_to(torch.bfloat16)
         self.decoder.to(torch.bfloat16)
-        self.to(memory_format=torch.channels_last)  # as features lie, or each convolution would copy its weights
 
 
 def check_counts(**counts: int) -> None:

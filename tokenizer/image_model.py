@@ -129,6 +129,12 @@ class ImageModel(PretrainedModel):
                 f"or None to keep the size"
             )
 
+    def with_weights(self, tensors: dict[str, Tensor]) -> Self:
+        """As any model's, but kernels lie as features do, channels last, or a convolution would copy them each time."""
+        super().with_weights(tensors)
+        self.autoencoder.to(memory_format=torch.channels_last)
+        return self
+
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster, in bfloat16 where that moves hardly a token.
 

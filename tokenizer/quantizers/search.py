@@ -25,10 +25,11 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
 
     `vectors` (N, D) and `codes` (K, D), both float32 and without a gradient; returns (N,) int64.
     """
-    half_norms = codes.square().sum(1) / 2  # (K,)
     if vectors.device.type != "cpu":
-        chunks = vectors.split(rows_per_chunk(codes))
+        half_norms, chunks = codes.square().sum(1) / 2, vectors.split(rows_per_chunk(codes))
         return torch.cat([torch.addmm(half_norms, each, codes.t(), alpha=-1).argmin(1) for each in chunks])
+    squares = [part.square().sum(1, keepdim=True) for part in codes.split(CODES_PER_TILE)]  # never of all codes at once
+    half_norms = torch.cat(squares) / 2  # (K, 1)
     num_vectors = SCORES_PER_TILE // min(CODES_PER_TILE, len(codes))  # never by N, on which no rounding may depend
     return torch.cat([nearest_by_tiles(each, codes, half_norms) for each in vectors.split(num_vectors)])
 
@@ -40,7 +41,7 @@ def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: Tensor) -> Tens
     # A component more takes the norms into the product: (v, -1) . (c, |c|^2 / 2).
     columns = F.pad(F.pad(vectors, (0, 1), value=-1.0), (0, 0, 0, padding)).t()
     maxima, indices = [], []
-    parts = zip(codes.split(CODES_PER_TILE), half_norms[:, None].split(CODES_PER_TILE), strict=True)
+    parts = zip(codes.split(CODES_PER_TILE), half_norms.split(CODES_PER_TILE), strict=True)
     for number, part in enumerate(parts):
         values, rows = first_maxima(product(torch.cat(part, dim=1), columns), CODES_PER_WINDOW)
         maxima.append(values)

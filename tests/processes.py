@@ -17,14 +17,12 @@ def run(arguments: list[str], cwd: Path | None = None, **environment: str) -> su
 
 
 def interrupt(arguments: list[str], send: int, at: str) -> tuple[int, str]:
-    """Start a run in a process group of its own and send the group a signal once it has told of a step."""
+    """A program in a process group of its own, to which it sends a signal once it has told of `at`: code and stderr."""
+    python, *program = arguments
+    command = [python, str(Path(__file__).with_name("interrupted.py")), str(int(send)), at, *program]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
-        told = ""
-        for line in job.stderr:
-            told += line
-            if at in line:
-                os.killpg(job.pid, send)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        told = job.stderr.read()
         return job.wait(), told
 
 

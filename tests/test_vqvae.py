@@ -20,17 +20,21 @@ from safetensors.torch import load_file
 from tiny_runs import TINY, train_here
 
 from tokenizer import ImageTokenizer, TokenizerConfig
+from tokenizer.metrics import psnr
 from train.checkpoint import RunFolder
 from train.config import RunError, UserError, launch, parse
+from train.data import evaluation_batches
 from train.evaluation import TokenizerExaminer
 from train.losses import ReconstructionLoss
 from train.optimization import learning_rate
 from train.settings import TokenizerRun
+from train.sources import open_sources
 from train.vqvae import main
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
+FIRST_KERNEL = "autoencoder.encoder.conv_in.weight"
 PROGRAM = str(ROOT / "train" / "vqvae.py")
 
 
@@ -62,6 +66,17 @@ def test_a_run_leaves_the_promised_folder(undisturbed):
     tokens = tokenizer.encode(torch.rand(1, 3, 16, 16))
     assert tokens.shape == (1, 8, 8)
     assert f"{evaluated[-1]['psnr']:.6g}" in (undisturbed / "README.md").read_text()
+
+
+def test_the_figures_are_those_of_the_exported_tokenizer_whose_weights_are_averages(undisturbed, picture_folder):
+    config = parse(TokenizerRun, [*TINY, f"data={picture_folder}", f"output_dir={undisturbed}"])
+    tokenizer, (source, rows) = ImageTokenizer.from_pretrained(undisturbed), open_sources(config)
+    pictures = [images for images, _ in evaluation_batches(source, rows, config, tokenizer.downsample_factor)]
+    values = [psnr(tokenizer.decode(tokenizer.encode(images)), images / 255) for images in pictures]
+    assert records(undisturbed)[-1]["psnr"] == pytest.approx(torch.cat(values).mean().item(), abs=1e-4)
+    trained = load_file(undisturbed / "checkpoints/step_10/model.safetensors")  # as the last step left them
+    exported = load_file(undisturbed / "model.safetensors")
+    assert not torch.equal(trained[FIRST_KERNEL], exported[FIRST_KERNEL])
 
 
 def test_the_card_names_no_folder_that_the_run_lay_in_or_read(undisturbed, picture_folder):
@@ -295,8 +310,7 @@ def test_accumulated_batches_equal_one_batch(picture_folder, tmp_path):
     accumulated = ["batch_size=4", "optimizer.accumulation_steps=2", "model.quantizer.placement=1"]
     halves = train_here(picture_folder, tmp_path / "halves", *accumulated)
     assert whole["quantizer.num_steps"] == halves["quantizer.num_steps"]
-    key = "autoencoder.encoder.conv_in.weight"
-    torch.testing.assert_close(whole[key], halves[key], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(whole[FIRST_KERNEL], halves[FIRST_KERNEL], rtol=1e-3, atol=1e-4)
 
 
 def poison(monkeypatch, at_call: int, times: int = 1):

@@ -18,7 +18,6 @@ from train.settings import at_least_one, require
 MIN_ROUNDS = 5
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-
 Figure = TypeVar("Figure")
 
 

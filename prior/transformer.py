@@ -32,14 +32,16 @@ class KVCache:
         self.length = 0  # positions held
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add n positions, keys and values (B, heads, n, d)."""
+        """Add n positions, keys and values (B, heads, n, d); ValueError where they are more than the capacity."""
         start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.capacity:
+            raise ValueError(f"{self.length} positions are more than the cache was made for, {self.capacity}")
         if start == 0:
             on_cpu = values.device.type == "cpu"
             dtype = torch.promote_types(values.dtype, torch.float32) if on_cpu else values.dtype
             rows, width = keys.shape[0] * keys.shape[1], keys.shape[3]
             self.memories = [keys.new_empty(rows * self.capacity * width, dtype=dtype) for _ in range(2)]
-            self.keys = self.values = self.memories[0].view(rows, -1, width)[:, :0]
+            self.keys = self.values = self.memories[0].view(rows, self.capacity, width)[:, :0]
         if self.length > self.keys.shape[1]:
             reserved = min(-(-self.length // CACHE_GROWTH) * CACHE_GROWTH, self.capacity)
             self.keys, self.values = (

@@ -62,3 +62,11 @@ def test_a_cache_stays_in_the_memory_that_it_begins_with():
         places.append((cache.keys.data_ptr(), cache.values.data_ptr()))
     assert len(set(places)) == 1
     assert cache.keys.untyped_storage().nbytes() == 2 * 3 * capacity * 4 * step.element_size()
+
+
+def test_more_positions_than_a_cache_was_made_for_are_refused():
+    cache, step = KVCache(2), torch.randn(2, 3, 1, 4)
+    for _ in range(2):
+        cache.append(step, step)
+    with pytest.raises(ValueError, match="3 positions are more than the cache was made for, 2"):
+        cache.append(step, step)

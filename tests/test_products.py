@@ -63,6 +63,16 @@ def test_where_a_gradient_is_wanted_it_is_pytorchs_own(calls):
     assert len(calls) == 1
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # by `flags`, which sets what is not there
+def test_what_onednn_is_not_asked_for_is_pytorchs_own(calls):
+    with torch.backends.mkldnn.flags(enabled=False):
+        product(torch.randn(8, 3), torch.randn(3, 5))
+    assert torch.equal(product(torch.randn(8, 0), torch.randn(0, 5)), torch.zeros(8, 5))
+    with pytest.raises(RuntimeError, match="8x3 and 4x5"):
+        product(torch.randn(8, 3), torch.randn(4, 5))
+    assert calls == []
+
+
 def test_without_onednn_it_is_pytorchs_own(monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_LINEAR", None)
     left, right = torch.randn(8, 3), torch.randn(3, 5)

@@ -37,16 +37,21 @@ def begun(picture_folder, tmp_path, monkeypatch) -> Path:
 def test_more_images_than_it_began_with_are_refused_and_without_them_it_goes_on(begun):
     added = begun / "pictures" / "16.png"
     picture(16).save(added)
-    with pytest.raises(UserError, match="no longer what this run trains on: 16 images, and there were 15; put it back"):
+    with pytest.raises(UserError, match="no longer what this run trains on: 16 training images, and there were 15;"):
         train_here(begun / "pictures", begun / "run")
     added.unlink()
     train_here(begun / "pictures", begun / "run")
 
 
-def test_other_images_than_it_began_with_are_refused(begun):
-    for path in (begun / "pictures").iterdir():
-        path.rename(path.with_stem(f"new_{path.stem}"))
-    with pytest.raises(UserError, match="15 images as before, but others"):
+@pytest.mark.parametrize(
+    "change",
+    [lambda path: path.rename(path.with_stem(f"new_{path.stem}")), lambda path: picture(99, 40, 30).save(path)],
+    ids=["other names", "other pictures of the same names"],
+)
+def test_other_images_than_it_began_with_are_refused(begun, change):
+    for path in [*(begun / "pictures").iterdir()]:
+        change(path)
+    with pytest.raises(UserError, match="15 training images as before, but others"):
         train_here(begun / "pictures", begun / "run")
 
 

@@ -25,12 +25,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def is_for_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN is to multiply these, of which neither autograd nor autocast nor a trace for a compiler knows."""
+    """Whether oneDNN is to multiply these, of which no backward pass, autocast or trace for a compiler knows."""
     return (
         ONEDNN_LINEAR is not None
+        and torch.backends.mkldnn.enabled
         and left.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and len(left) >= FEWEST_ROWS
+        and left.shape[1] == right.shape[0] > 0
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -28,10 +28,12 @@ def tune_for_cpu(accelerator: Accelerator, speed: ThreadSettings, num_busy_worke
 def keep_freed_memory() -> None:
     """From now on glibc gives less of what is freed back to the system, so that fewer pages are asked for anew.
 
-    It keeps up to KEPT at the end of its heap, and large tensors lie in the heap too. The allocators that PyTorch's
-    tuning guide advises for a CPU keep memory as well. With another C library nothing changes.
+    Large tensors lie in its heap too, of which it keeps up to KEPT at the end, and below that end whatever is free, as
+    the allocators do that PyTorch's tuning guide advises for a CPU. Nothing changes with another C library, nor where
+    the environment has settings for glibc's: MALLOC_TRIM_THRESHOLD_=131072 is its default.
     """
+    own = os.environ.get("GLIBC_TUNABLES") or any(name.startswith("MALLOC_") for name in os.environ)
     change = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if change:
+    if change and not own:
         change(M_MMAP_MAX, 0)
         change(M_TRIM_THRESHOLD, KEPT)

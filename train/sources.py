@@ -39,7 +39,7 @@ PROBED_IMAGES = 64  # before a run starts, until one can be read
 SKETCHED_IMAGES = 64  # at least, spread over all, where there are so many
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
-HIDDEN = (".", "__")  # so begins the name of what `datasets` takes for hidden
+HIDDEN = (".", "__")  # so begins the name of a folder that `datasets` takes for hidden
 SPLIT_FOLDERS = {name for names in SPLIT_KEYWORDS.values() for name in names}  # which are no classes
 
 Unreadable = tuple[str, str]  # the name of an image and why it could not be decoded
@@ -66,12 +66,18 @@ class ImageSource:
         return label
 
     def sketch(self) -> dict[str, int] | None:
-        """How many rows there are and a checksum over some of them, by which others are told; None for a stream."""
+        """How many rows there are and a checksum over some of them, by which others are told; None for a stream.
+
+        Of an image in a file of its own the file's name and size count, of one in a row its bytes.
+        """
         if not isinstance(self.rows, Dataset):
             return None
         number, checksum = len(self.rows), 0
         for index in range(0, number, max(1, number // SKETCHED_IMAGES)):
-            checksum = zlib.crc32(content_of(self.rows[index][self.image_column]), checksum)
+            image = self.rows[index][self.image_column] or {"bytes": None, "path": None}
+            in_file = image["bytes"] is None and os.path.isfile(image["path"] or "")
+            size = os.path.getsize(image["path"]) if in_file else 0
+            checksum = zlib.crc32(b"%b %d" % (content_of(image), size), checksum)
         return {"images": number, "crc32": checksum}
 
     def name(self, row: dict[str, Any], number: int | None = None) -> str:
@@ -164,29 +170,26 @@ def load_splits(
     else:
         builder.download_and_prepare()
         splits = builder.as_dataset()
-        is_folder = is_path(config.data) and "data_files" not in arguments
-        if is_folder and os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a machine one looks
+        of_files = builder.name == "imagefolder" and os.path.isdir(arguments["path"])
+        if of_files and os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a machine one looks
             num_read = sum(part.num_examples for part in builder.info.splits.values())
             warn_of_unread(config.data, arguments["path"], num_read)
     return splits[config.split], splits[wanted] if wanted not in (None, config.split) else None
 
 
 def warn_of_unread(data: str, folder: str, num_read: int) -> None:
-    """Tell of the image files in a folder that `datasets` passes over, which it does in silence."""
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # links may lead round in a circle
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
+    """Tell of the image files in a folder that `datasets` passes over, and of links, which it does in silence."""
+    num_files = num_links = 0
+    for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        files += [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(HIDDEN)]
-    if len(files) > num_read:
+        num_links += sum(os.path.islink(os.path.join(place, name)) for name in folders)
+        num_files += sum(name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") for name in names)
+    if num_files > num_read or num_links:
         log.warning(
-            "data=%s: %d of %d image files are not read: `datasets` follows no link to a folder, takes what a metadata "
-            "file lists and no more, and nothing beside what is named like a split (train, test, ...); "
-            'data="%s/**/*%s" reads all',
-            *(data, len(files) - num_read, len(files), data, Path(files[0]).suffix),
+            "data=%s: %d of its %d image files are not read and %d links to folders are not followed: `datasets` takes "
+            "what a metadata file lists and no more, and nothing beside what is named like a split (train, test, ...); "
+            "move them together, or name them by a pattern (%s/**/*.png), which is then all one split",
+            *(data, max(0, num_files - num_read), num_files, num_links, data),
         )
 
 
@@ -206,15 +209,15 @@ def locate(data: str, subset: str | None) -> dict[str, Any]:
         return {"path": data, "name": subset}
     path = os.path.expanduser(data)
     if os.path.isdir(path):
-        if glob.has_magic(path):
+        if glob.has_magic(os.path.abspath(path)):
             raise UserError(
-                f"data={data} has one of * ? [ in its name, by which `datasets` would look for others; rename it, or "
-                f"name its files by a pattern with that character in brackets: data='{glob.escape(data)}/**/*.png'"
+                f"data={data} has one of * ? [ in its name or in that of a folder around it, by which `datasets` would "
+                f"look for others; rename that"
             )
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"data={data} cannot be read: permission denied; change its mode or run as its owner")
         return {"path": path}
-    files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    files = sorted(os.path.abspath(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not files:
         raise UserError(f"data={data} is read as a path, and there is no file or folder of that name")
     return {
@@ -276,13 +279,12 @@ def content_of(image: dict[str, Any] | None) -> bytes:
     return image["bytes"] or "/".join(Path(image["path"] or "").parts[-2:]).encode()
 
 
-def check_unchanged(source: ImageSource, before: dict[str, int] | None, data: str) -> None:
-    """Raise UserError where a run that goes on began with other images."""
-    now = source.sketch()
+def check_unchanged(now: dict[str, int] | None, before: dict[str, int] | None, data: str) -> None:
+    """Raise UserError where a run that goes on began with other images, as far as sketches of them tell."""
     if None in (before, now) or before == now:
         return
-    told = f"{now['images']} images, and there were {before['images']}"
-    told = told if now["images"] != before["images"] else f"{now['images']} images as before, but others"
+    told = f"{now['images']} training images, and there were {before['images']}"
+    told = told if now["images"] != before["images"] else f"{now['images']} training images as before, but others"
     raise UserError(
         f"data={data} is no longer what this run trains on: {told}; put it back as it was, or start a new run with "
         f"another output_dir=..."

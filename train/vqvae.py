@@ -66,7 +66,8 @@ def train(
 
     folder.claim(accelerator)
     steps_done, kept = folder.load(accelerator)
-    check_unchanged(source, kept.get("data"), config.data)
+    sketch = source.sketch()
+    check_unchanged(sketch, kept.get("data"), config.data)
     known_corrupt = set(kept.get("corrupt", ()))
     accelerator.init_trackers("tokengrid", config={"settings": to_yaml(config)})
     num_batches = config.optimizer.accumulation_steps  # of a step
@@ -103,7 +104,7 @@ def train(
                 num_images, clock = 0, time.perf_counter()
             if step % config.save_every == 0 or step == config.steps or optimization.stopping:
                 seen = {"corrupt": sorted(unreadable.names), "images_seen": unreadable.images_seen}
-                folder.save(accelerator, step, seen | {"data": source.sketch()})
+                folder.save(accelerator, step, seen | {"data": sketch})
             if optimization.stopping and step < config.steps:
                 log.info("stopped by a signal after step %d; the same command goes on from there", step)
                 raise Stopped

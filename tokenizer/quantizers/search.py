@@ -42,8 +42,9 @@ def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: Tensor) -> Tens
     columns = F.pad(F.pad(vectors, (0, 1), value=-1.0), (0, 0, 0, padding)).t()
     maxima, indices = [], []
     parts = zip(codes.split(CODES_PER_TILE), half_norms.split(CODES_PER_TILE), strict=True)
-    for number, part in enumerate(parts):
-        values, rows = first_maxima(product(torch.cat(part, dim=1), columns), CODES_PER_WINDOW)
+    for number, (part, half_norms_of_part) in enumerate(parts):
+        lengthened = torch.cat([part, half_norms_of_part], dim=1)
+        values, rows = first_maxima(product(lengthened, columns), CODES_PER_WINDOW)
         maxima.append(values)
         indices.append(rows + number * CODES_PER_TILE)
     maxima, indices = torch.cat(maxima), torch.cat(indices)  # (windows, n)

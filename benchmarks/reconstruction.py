@@ -9,7 +9,7 @@ reconstructions, errors) and docs/NAME_rate_distortion.png; --help prints the se
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -23,7 +23,7 @@ from contenders import LADDERS, Codec, SavedTokenizer, Sums, codec_versions
 from judges import Judges, Tally
 from labelled_images import picture_batches
 from rate_distortion import at_same_bits, plot
-from recording import ROOT, command_line, launch_named, record, refusals, tell
+from recording import ROOT, command_line, launch_named, public_settings, record, refusals, tell
 from tables import markdown, reconstruction_rows
 from torch import Tensor
 
@@ -68,10 +68,9 @@ class ReconstructionRun:
 
     def public(self) -> dict[str, object]:
         """The settings for the record: the data by its public name, of the judge's file its own, no folder of ours."""
-        settings = asdict(self)
+        settings = public_settings(self)
         del settings["output_dir"]
-        settings["mobilenet"] = Path(self.mobilenet).name if self.mobilenet else None
-        return settings | {"data": settings.pop("named") or self.data}
+        return settings | {"mobilenet": Path(self.mobilenet).name if self.mobilenet else None}
 
 
 def main(name: str, config: ReconstructionRun) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tokenizer.pretrained import written_whole
-from train.config import UserError, differences, dotted, launch
+from train.config import UserError, differences, dotted, launch, without_folders
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchvision", "accelerate", "datasets", "lpips", "torch-fidelity", "pillow")
@@ -51,9 +51,9 @@ def refusals() -> Iterator[None]:
 
 
 def public_settings(config: Any) -> dict[str, Any]:
-    """The settings of a program for its record, the data by its public name, the setting `named`."""
+    """The settings of a program for its record, the data by its public name `named`, else of a path the last name."""
     settings = asdict(config)
-    return settings | {"data": settings.pop("named") or config.data}
+    return settings | {"data": settings.pop("named") or without_folders(config.data)}
 
 
 def command_line(

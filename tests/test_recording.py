@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from processes import run
-from recording import command_line, launch_named, save_plot
+from recording import command_line, launch_named, public_settings, save_plot
 from stopwatch import check_device, each_at_least_one
 
 from train.config import UserError, parse
@@ -43,6 +43,28 @@ def test_a_setting_that_is_left_out_is_recorded_as_left_out():
     command = command_line("measured", "name", asdict(MeasuredRun(word=None)), asdict(MeasuredRun()), ())
     assert command.endswith(" name word=null")
     assert parse(MeasuredRun, ["word=null"]).word is None
+
+
+@dataclass
+class OfDataRun(MeasuredRun):
+    """Settings of a program that reads data."""
+
+    data: str = "photographs"
+    named: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ({"data": "/home/me/pictures"}, "pictures"),
+        ({"data": "../pictures/"}, "pictures"),
+        ({"data": "pictures"}, "pictures"),
+        ({"data": "org/pictures"}, "org/pictures"),
+        ({"data": "/home/me/pictures", "named": "org/pictures"}, "org/pictures"),
+    ],
+)
+def test_a_record_names_the_data_and_no_folder_that_it_lies_in(given, recorded):
+    assert public_settings(OfDataRun(**given)) == {"words": [], "word": "a", "number": 1.0, "data": recorded}
 
 
 @pytest.mark.parametrize("name", ["a/b", "-x", ".."])

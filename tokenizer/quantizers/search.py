@@ -28,22 +28,20 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     if vectors.device.type != "cpu":
         half_norms, chunks = codes.square().sum(1) / 2, vectors.split(rows_per_chunk(codes))
         return torch.cat([torch.addmm(half_norms, each, codes.t(), alpha=-1).argmin(1) for each in chunks])
-    squares = [part.square().sum(1, keepdim=True) for part in codes.split(CODES_PER_TILE)]  # never of all codes at once
-    half_norms = torch.cat(squares) / 2  # (K, 1)
+    half_norms = [part.square().sum(1, keepdim=True) / 2 for part in codes.split(CODES_PER_TILE)]  # (k, 1) of each part
     num_vectors = SCORES_PER_TILE // min(CODES_PER_TILE, len(codes))  # never by N, on which no rounding may depend
     return torch.cat([nearest_by_tiles(each, codes, half_norms) for each in vectors.split(num_vectors)])
 
 
-def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+def nearest_by_tiles(vectors: Tensor, codes: Tensor, half_norms: list[Tensor]) -> Tensor:
     """The same of a few vectors (n, D), the scores of one part of the codes after the other."""
     num_vectors = len(vectors)
     padding = max(0, SMALLEST_PRODUCT - num_vectors)
     # A component more takes the norms into the product: (v, -1) . (c, |c|^2 / 2).
     columns = F.pad(F.pad(vectors, (0, 1), value=-1.0), (0, 0, 0, padding)).t()
     maxima, indices = [], []
-    parts = zip(codes.split(CODES_PER_TILE), half_norms.split(CODES_PER_TILE), strict=True)
-    for number, (part, half_norms_of_part) in enumerate(parts):
-        lengthened = torch.cat([part, half_norms_of_part], dim=1)
+    for number, parts in enumerate(zip(codes.split(CODES_PER_TILE), half_norms, strict=True)):
+        lengthened = torch.cat(parts, dim=1)  # (k, D + 1)
         values, rows = first_maxima(product(lengthened, columns), CODES_PER_WINDOW)
         maxima.append(values)
         indices.append(rows + number * CODES_PER_TILE)

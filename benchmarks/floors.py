@@ -15,14 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tokenizer.int8 import CONVOLVE
 from tokenizer.products import ONEDNN_LINEAR, product
 
 PRODUCT = 2048  # rows and columns of the matrices
 COPIED = 2**28  # bytes, more than a processor's own cache holds
 UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like}
-COUNTS = flop_registry | {ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight)}
+COUNTS = flop_registry | {
+    ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight),
+    CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[3].shape[1:].numel(),
+}
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MULTIPLIED = DTYPES | {"int8": torch.uint8}  # by which operations are told apart: the type of the left factor
 
 
 class Work(TorchDispatchMode):
@@ -65,16 +70,18 @@ def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]
     for name, dtype in DTYPES.items():
         matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
         calls[f"product, {name}"] = lambda matrix=matrix: product(matrix, matrix)
+    integers = torch.randint(-128, 128, (PRODUCT, PRODUCT), dtype=torch.int8, device=device)
+    calls["product, int8"] = lambda: torch._int_mm(integers, integers)
     return calls
 
 
 def machine_rates(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Operations a second of each type and bytes a second, read and written, by the fastest of the `machine_calls`."""
-    rates = {name: four(2 * PRODUCT**3 / min(seconds[f"product, {name}"])) for name in DTYPES}
+    rates = {name: four(2 * PRODUCT**3 / min(seconds[f"product, {name}"])) for name in MULTIPLIED}
     return rates | {"bytes": four(2 * COPIED / min(seconds["copy"]))}
 
 
 def floors(work: Work, rates: dict[str, float], items: int) -> dict[str, float]:
     """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone."""
-    operations = sum(work.operations[dtype] / rates[name] for name, dtype in DTYPES.items())
+    operations = sum(work.operations[dtype] / rates[name] for name, dtype in MULTIPLIED.items())
     return {"arithmetic": four(items / operations), "memory": four(items * rates["bytes"] / work.bytes)}

@@ -19,7 +19,9 @@ from tokenizer.autoencoder import (
     ResidualBlock,
     Upsample,
     attend,
+    residual_blocks,
 )
+from tokenizer.int8 import Int8Conv2d
 
 TAMING_F16 = {
     "name": "convolutional",
@@ -129,6 +131,16 @@ def norms_of(norm_groups: int) -> list[nn.GroupNorm]:
     layout = {"base_channels": 12, "channel_multipliers": [1, 2], "attention_levels": [1], "middle_attention": True}
     autoencoder = ConvolutionalAutoencoder(3, 4, latent_channels=8, norm_groups=norm_groups, **layout)
     return [module for module in autoencoder.modules() if isinstance(module, nn.GroupNorm)]
+
+
+def test_in_the_fast_mode_the_branches_of_the_decoder_alone_convolve_in_8_bits():
+    autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
+    tensors, networks = autoencoder.state_dict(), (autoencoder.encoder, autoencoder.decoder)
+    autoencoder.fast()
+    of_encoder, of_decoder = ([each for each in net.modules() if isinstance(each, Int8Conv2d)] for net in networks)
+    assert of_encoder == []
+    assert of_decoder == [conv for block in residual_blocks(autoencoder.decoder) for conv in (block.conv1, block.conv2)]
+    assert autoencoder.state_dict().keys() == tensors.keys()
 
 
 def test_norm_groups_0_builds_no_normalisation():

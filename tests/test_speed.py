@@ -31,6 +31,7 @@ from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
 
 from tokenizer import ImageTokenizer
+from tokenizer.int8 import Int8Conv2d, is_for_int8
 from tokenizer.products import product
 from train.config import UserError, parse
 from train.token_store import TokenStore
@@ -212,6 +213,11 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
         work = floors.work_of(lambda times=times: times(left, right).relu())
         assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
         assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
+    convolution, pictures = Int8Conv2d(torch.nn.Conv2d(6, 8, 3)), torch.randn(1, 6, 5, 5)
+    with torch.no_grad():
+        work = floors.work_of(lambda: convolution(pictures))
+        kind = torch.uint8 if is_for_int8(pictures) else torch.float32
+    assert work.operations == {kind: 2 * 6 * 9 * 8 * 9}
     layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
     assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient
@@ -221,15 +227,16 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
 
 
 def test_floors_are_what_the_rates_make_of_the_work():
-    seconds = {"copy": [2.0, 1.0], "product, float32": [1.0, 0.5], "product, bfloat16": [0.25, 0.25]}
-    rates = floors.machine_rates(seconds)
-    assert rates == pytest.approx({"float32": 2 * 16**3 / 0.5, "bfloat16": 2 * 16**3 / 0.25, "bytes": 2 * 2**20}, 1e-3)
+    products = {"product, float32": [1.0, 0.5], "product, bfloat16": [0.25, 0.25], "product, int8": [0.25, 0.5]}
+    rates, count = floors.machine_rates({"copy": [2.0, 1.0]} | products), 2 * 16**3
+    expected = {"float32": count / 0.5, "bfloat16": count / 0.25, "int8": count / 0.25, "bytes": 2 * 2**20}
+    assert rates == pytest.approx(expected, 1e-3)
     work = floors.Work()
-    work.operations.update({torch.float32: 2 * 16**3, torch.bfloat16: 2 * 16**3})
+    work.operations.update({torch.float32: count, torch.bfloat16: count, torch.uint8: count})
     work.bytes = 2**20
     allowed = floors.floors(work, rates, 3)
-    assert allowed == pytest.approx({"arithmetic": 3 / 0.75, "memory": 3 / 0.5}, 1e-3)
-    assert speed_tables.of_floors({"median": 1.0}, allowed) == "25%, 17%"
+    assert allowed == pytest.approx({"arithmetic": 3 / 1.0, "memory": 3 / 0.5}, 1e-3)
+    assert speed_tables.of_floors({"median": 1.0}, allowed) == "33%, 17%"
 
 
 def test_methods_are_clocked_inside_the_block_alone():

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .int8 import Int8Conv2d
+
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 
 
@@ -86,6 +88,15 @@ class ResidualBlock(nn.Module):
         """Compute in this type from the first convolution to the second; what is added to remains as it comes."""
         for layer in (self.conv1, self.norm2, self.conv2):
             layer.to(dtype)
+
+    def branch_to_int8(self) -> None:
+        """Convolve in 8 bits where that can be had."""
+        self.conv1, self.conv2 = Int8Conv2d(self.conv1), Int8Conv2d(self.conv2)
+
+
+def residual_blocks(network: nn.Module) -> list[ResidualBlock]:
+    """Those of a network, at any depth."""
+    return [module for module in network.modules() if isinstance(module, ResidualBlock)]
 
 
 class AttentionBlock(nn.Module):
@@ -253,13 +264,15 @@ class ConvolutionalAutoencoder(nn.Module):
     def fast(self) -> None:
         """Compute in bfloat16: the decoder as a whole, of the encoder the branches of its residual blocks.
 
-        What the branches are added to stays in float32, and the layers at its ends and between its levels do: rounding
-        there moves most of the tokens that bfloat16 moves.
+        What the encoder's branches are added to stays in float32, and the layers at its ends and between its levels do:
+        rounding there moves most of the tokens that bfloat16 moves. The decoder's branches, from which no token
+        follows, convolve in 8 bits where a CPU has products of them.
         """
-        for block in self.encoder.modules():
-            if isinstance(block, ResidualBlock):
-                block.branch_to(torch.bfloat16)
+        for block in residual_blocks(self.encoder):
+            block.branch_to(torch.bfloat16)
         self.decoder.to(torch.bfloat16)
+        for block in residual_blocks(self.decoder):
+            block.branch_to_int8()
 
 
 def check_counts(**counts: int) -> None:

@@ -138,7 +138,8 @@ class ImageModel(PretrainedModel):
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster, in bfloat16 where that moves hardly a token.
 
-        Weights are rounded with it, so the fingerprint is another. The README (Speed) says what changes.
+        A CPU that can convolves in 8 bits in the decoder, where no token follows (without gradients). Weights are
+        rounded to bfloat16, so the fingerprint is another. The README (Speed) says what changes.
         """
         self.autoencoder.fast()
         return self

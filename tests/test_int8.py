@@ -1,0 +1,167 @@
+"""Convolutions in 8 bits beside the same arithmetic in float64, and when they are as any other."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tokenizer import int8
+from tokenizer.int8 import Int8Conv2d, is_for_int8
+
+with torch.no_grad():
+    HERE = is_for_int8(torch.zeros(1))
+in_8_bits = pytest.mark.skipif(not HERE, reason="this processor has no products of 8 bits")
+
+
+def convolution_of(channels: int, out_channels: int, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 3, **{"padding": 1, **options}).requires_grad_(False)
+
+
+def in_steps(convolution: nn.Conv2d, features: Tensor) -> Tensor:
+    """The convolution of one picture after both are rounded to their steps, in float64."""
+    weight, features = convolution.weight.double(), features.double()
+    of_channel = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    low, high = min(features.min().item(), 0.0), max(features.max().item(), 0.0)
+    step = (high - low) / 254
+    zero = math.ceil(-low / step)
+    integers = (features / step + zero).round()
+    assert integers.min() >= 0
+    assert integers.max() <= 255
+    rounded = copy.deepcopy(convolution).double()
+    rounded.weight.copy_((weight / of_channel).round() * of_channel)
+    return rounded((integers - zero) * step)
+
+
+@in_8_bits
+@given(
+    channels=st.integers(1, 40),
+    out_channels=st.integers(1, 40),
+    sides=st.tuples(st.integers(3, 12), st.integers(3, 12)),
+    shift=st.sampled_from([-3.0, 0.0, 3.0]),  # all negative, both, all positive
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+    bias=st.booleans(),
+    padding=st.integers(0, 2),
+    stride=st.integers(1, 2),
+    in_planes=st.booleans(),
+)
+def test_it_is_the_convolution_of_what_is_rounded_to_steps(
+    channels, out_channels, sides, shift, size, bias, padding, stride, in_planes
+):
+    torch.manual_seed(channels)
+    plain = convolution_of(channels, out_channels, bias=bias, padding=padding, stride=stride)
+    features = size * (torch.rand(1, channels, *sides) + shift)
+    if not in_planes:
+        features = features.contiguous(memory_format=torch.channels_last)
+    expected = in_steps(plain, features)
+    with torch.no_grad():
+        found = Int8Conv2d(plain)(features)
+    assert found.dtype == torch.float32
+    # A feature just between two steps may be rounded either way.
+    step = (max(features.max().item(), 0.0) - min(features.min().item(), 0.0)) / 254
+    tolerance = 2 * step * plain.weight.abs().max().item() + 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@in_8_bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_off_by_about_a_hundredth_and_keeps_type_and_layout(dtype):
+    torch.manual_seed(0)
+    plain = convolution_of(64, 32).to(dtype)
+    features = nn.functional.silu(torch.randn(2, 64, 24, 16)).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found, expected = Int8Conv2d(plain)(features), plain(features)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert 0.002 < (found - expected).float().norm() / expected.float().norm() < 0.02
+
+
+@in_8_bits
+def test_no_picture_depends_on_those_beside_it():
+    convolution = Int8Conv2d(convolution_of(8, 8))
+    features = torch.randn(5, 8, 9, 9) * torch.tensor([1e-3, 1.0, 0.0, 1e3, 7.0]).view(5, 1, 1, 1)
+    with torch.no_grad():
+        alone = [convolution(picture[None]) for picture in features]
+        assert torch.equal(convolution(features), torch.cat(alone))
+    assert torch.equal(alone[2], convolution.bias.view(1, 8, 1, 1).expand(1, 8, 9, 9))  # of nothing but zeros
+
+
+@in_8_bits
+def test_weights_that_change_are_taken_as_they_are():
+    plain, others = convolution_of(8, 8), convolution_of(8, 8)
+    features = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        expected = Int8Conv2d(others)(features)
+        convolution = Int8Conv2d(plain)
+        before = convolution(features)
+        convolution.load_state_dict(others.state_dict())
+        assert torch.equal(convolution(features), expected)
+        convolution.weight = nn.Parameter(others.weight * 2)
+        convolution.bias.mul_(2)
+        torch.testing.assert_close(convolution(features), 2 * expected)
+        convolution.weight.data = others.weight
+        convolution.bias.data = others.bias
+        assert torch.equal(convolution(features), expected)
+    assert not torch.equal(before, expected)
+
+
+@in_8_bits
+def test_weights_that_inference_mode_has_made_will_do():
+    with torch.inference_mode():
+        plain = convolution_of(4, 4)
+        features = torch.randn(1, 4, 5, 5)
+        torch.testing.assert_close(Int8Conv2d(plain)(features), plain(features), rtol=0, atol=0.05)
+
+
+def test_it_is_copied_pickled_and_saved_as_the_convolution_that_it_was():
+    plain = convolution_of(4, 6)
+    convolution, features = Int8Conv2d(plain), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        expected = convolution(features)  # with its weights packed by now
+        for other in (copy.deepcopy(convolution), pickle.loads(pickle.dumps(convolution))):
+            assert torch.equal(other(features), expected)
+    assert convolution.weight is plain.weight
+    assert convolution.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_gradients_autocast_and_other_types_are_those_of_any_convolution():
+    plain = nn.Conv2d(4, 4, 3, padding=1)
+    convolution, features = Int8Conv2d(plain), torch.randn(1, 4, 5, 5, requires_grad=True)
+    assert torch.equal(convolution(features), plain(features))
+    convolution(features).sum().backward()
+    assert features.grad.norm() > 0
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(convolution(features), plain(features))
+        plain.double()
+        assert torch.equal(convolution(features.double()), plain(features.double()))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # by `flags`, which sets what is not there
+def test_without_onednn_or_products_of_8_bits_it_is_any_convolution(monkeypatch):
+    plain = convolution_of(4, 4)
+    convolution, features = Int8Conv2d(plain), torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert torch.equal(convolution(features), plain(features))
+        for name, lacking in {"HAS_DOT_PRODUCTS": False, "PACK": None, "CONVOLVE": None}.items():
+            with monkeypatch.context() as context:
+                context.setattr(int8, name, lacking)
+                assert torch.equal(convolution(features), plain(features))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_carried_on(value):
+    plain = convolution_of(4, 4)
+    features = torch.randn(2, 4, 5, 5)
+    features[1, 0, 2, 2] = value
+    with torch.no_grad():
+        found = Int8Conv2d(plain)(features)
+        assert torch.equal(found[1].isfinite(), plain(features)[1].isfinite())
+        assert found[0].isfinite().all()
+        plain.weight[0, 0, 1, 1] = value
+        assert not Int8Conv2d(plain)(features[:1])[0, 0].isfinite().any()

@@ -72,10 +72,16 @@ def row_of(tokenizer: ImageTokenizer, photographs: Tensor) -> dict[str, Any]:
         "images": len(photographs),
         "photographs_sha256": content_hash(photographs),
         "tokens": tokens.numel(),
+        "difference_from_photographs": in_levels(pictures - photographs / 255),
     }
     for name, fast in {"fast": deepcopy(tokenizer).fast(), "bfloat16": deepcopy(tokenizer).bfloat16()}.items():
         row[name] = {
             "tokens_that_agree": four((fast.encode(photographs) == tokens).double().mean().item()),
-            "difference_of_pixels": four(255 * (fast.decode(tokens) - pictures).abs().mean().item()),
+            "difference_of_pixels": in_levels(fast.decode(tokens) - pictures),
         }
     return row
+
+
+def in_levels(differences: Tensor) -> float:
+    """The mean size of differences of pixels in [0, 1], in levels of 256."""
+    return four(255 * differences.abs().mean().item())

@@ -61,6 +61,7 @@ def agreement_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A line of each tokenizer."""
     return [
         {
+            "parameters": f"{row['parameters'] / 1e6:.1f}M",
             "codes": f"{row['codes']:,}",
             "photographs": f"{row['images']} of {result['settings']['image_size']} px",
             "tokens that agree: fast, bfloat16 throughout": ", ".join(
@@ -69,6 +70,7 @@ def agreement_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             "pixels of the same tokens differ by: fast, bfloat16 (levels of 256)": ", ".join(
                 f"{row[name]['difference_of_pixels']:.2f}" for name in ("fast", "bfloat16")
             ),
+            "and from the photographs by": f"{row['difference_from_photographs']:.1f}",
         }
         for row in result["rows"]
     ]

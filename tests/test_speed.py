@@ -93,6 +93,7 @@ def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(token
     for mode in ("fast", "bfloat16"):
         assert 0.5 < row[mode]["tokens_that_agree"] <= 1
         assert 0 < row[mode]["difference_of_pixels"] < 10
+    assert 0 < row["difference_from_photographs"] < 255
     assert tables.markdown(speed_tables.agreement_rows(written)).count("\n") == 2
 
 

@@ -6,16 +6,13 @@ import pickle
 
 import pytest
 import torch
+from eight_bits import in_8_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tokenizer import int8
-from tokenizer.int8 import Int8Conv2d, is_for_int8
-
-with torch.no_grad():
-    HERE = is_for_int8(torch.zeros(1))
-in_8_bits = pytest.mark.skipif(not HERE, reason="this processor has no products of 8 bits")
+from tokenizer.int8 import Int8Conv2d
 
 
 def convolution_of(channels: int, out_channels: int, **options: object) -> nn.Conv2d:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
+from .upsampling import Int8UpsampledConv2d, UpsampledConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 
@@ -89,14 +90,9 @@ class ResidualBlock(nn.Module):
         for layer in (self.conv1, self.norm2, self.conv2):
             layer.to(dtype)
 
-    def branch_to_int8(self) -> None:
-        """Convolve in 8 bits where that can be had."""
+    def in_int8(self) -> None:
+        """Convolve 3x3 in 8 bits where that can be had."""
         self.conv1, self.conv2 = Int8Conv2d(self.conv1), Int8Conv2d(self.conv2)
-
-
-def residual_blocks(network: nn.Module) -> list[ResidualBlock]:
-    """Those of a network, at any depth."""
-    return [module for module in network.modules() if isinstance(module, ResidualBlock)]
 
 
 class AttentionBlock(nn.Module):
@@ -145,20 +141,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: nearest neighbour, then a 3x3 convolution, in one transposed convolution.
-
-    Of the nine pixels under the kernel those from one pixel of the input are equal, so their weights are added up
-    beforehand: four products for nine.
-    """
+    """Doubles both sides: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.conv.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
-        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (in, out, 4, 4)
-        return F.conv_transpose2d(features, sums, self.conv.bias, stride=2, padding=1)
+        return self.conv(features)
+
+    def in_int8(self) -> None:
+        """Convolve in 8 bits where that can be had."""
+        self.conv = Int8UpsampledConv2d(self.conv)
 
 
 def level(
@@ -265,14 +259,16 @@ class ConvolutionalAutoencoder(nn.Module):
         """Compute in bfloat16: the decoder as a whole, of the encoder the branches of its residual blocks.
 
         What the encoder's branches are added to stays in float32, and the layers at its ends and between its levels do:
-        rounding there moves most of the tokens that bfloat16 moves. The decoder's branches, from which no token
-        follows, convolve in 8 bits where a CPU has products of them.
+        rounding there moves most of the tokens that bfloat16 moves. From the decoder no token follows: its blocks and
+        what lies between its levels convolve in 8 bits, where a CPU has products of them.
         """
-        for block in residual_blocks(self.encoder):
-            block.branch_to(torch.bfloat16)
+        for layer in self.encoder.modules():
+            if isinstance(layer, ResidualBlock):
+                layer.branch_to(torch.bfloat16)
         self.decoder.to(torch.bfloat16)
-        for block in residual_blocks(self.decoder):
-            block.branch_to_int8()
+        for layer in list(self.decoder.modules()):
+            if isinstance(layer, (ResidualBlock, Upsample)):
+                layer.in_int8()
 
 
 def check_counts(**counts: int) -> None:

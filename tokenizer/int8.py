@@ -1,9 +1,10 @@
 """Convolutions in integers of 8 bits on a CPU, which multiplies them twice as fast as bfloat16.
 
-The weights of each output channel get 255 values, the features of each picture 256 between the least and the greatest
+The weights of each output channel get 255 values, the features of each picture 255 between the least and the greatest
 of them, so that no picture depends on those beside it; sums are exact. Source: Jacob et al. 2018, arXiv:1712.05877,
 section 2.1; a scale for each channel is Krishnamoorthi's, 2018, arXiv:1806.08342, section 2. Departure: nothing is
-calibrated, the range is that of the features at hand. Shapes: B batch, C O channels in and out, H W sides.
+calibrated, the range is that of the features at hand. Shapes: B batch, C O channels in and out, H W sides, k kernel
+sides.
 """
 
 import math
@@ -19,14 +20,15 @@ CONVOLVE = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
 HAS_DOT_PRODUCTS = getattr(torch.cpu, "_is_vnni_supported", bool)()
 SMALLEST = 1e-30  # step between two values
 AT_ONCE = 2**17  # features, of which what comes between them and their 8 bits stays in the processor's cache
+INTEGERS = 1.5 * 2**23  # from here on float32 holds nothing but integers, their lowest bits those of the number
 
 
 class Packed(NamedTuple):
-    """A weight in 8 bits, as oneDNN wants it, and what it was made of."""
+    """A kernel in 8 bits, as oneDNN wants it, and the weight that it was made of."""
 
     source: Tensor
     version: int | None
-    weight: Tensor
+    kernel: Tensor
     scales: Tensor  # (O,) float32
 
     def is_of(self, weight: Tensor) -> bool:
@@ -51,36 +53,44 @@ class Int8Conv2d(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') in the type of both."""
         if not is_for_int8(features):
-            return super().forward(features)
+            return self.in_floats(features)
         convolved = [self.of_picture(picture) for picture in features.split(1)]
         return convolved[0] if len(convolved) == 1 else torch.cat(convolved)
+
+    def in_floats(self, features: Tensor) -> Tensor:
+        """What it is without 8 bits."""
+        return super().forward(features)
+
+    def kernel(self) -> Tensor:
+        """What the features are convolved with, float32 (O, C, k, k)."""
+        return self.weight.float()
 
     def of_picture(self, features: Tensor) -> Tensor:
         """Features (1, C, H, W) to (1, O, H', W')."""
         features = features.contiguous(memory_format=torch.channels_last)
         low, high = (bound.item() for bound in flat(features).aminmax())
-        low, high = min(low, 0.0), max(high, 0.0)  # the border is 0, which must be one of the 256
+        low, high = min(low, 0.0), max(high, 0.0)  # the border is 0, which must be one of the values
         if not math.isfinite(high - low):
-            return super().forward(features)  # which carries it on
+            return self.in_floats(features)  # which carries it on
         scale = max((high - low) / 254, SMALLEST)
         zero = math.ceil(-low / scale)  # so that with rounding, too, all lie in 0 ... 255
-        weight, weight_scales = self.weight_in_int8(features)
-        no_zeros = torch.zeros(self.out_channels, dtype=torch.int32)
-        bias = None if self.bias is None else self.bias.float()
+        kernel, kernel_scales = self.in_int8(features)
+        no_zeros = torch.zeros(len(kernel), dtype=torch.int32)
+        bias = None if self.bias is None else self.bias.float().repeat(len(kernel) // self.out_channels)
         sizes = (self.stride, self.padding, self.dilation, self.groups)
-        given = (in_uint8(features, scale, zero), scale, zero, weight, weight_scales, no_zeros, bias)
+        given = (in_uint8(features, scale, zero), scale, zero, kernel, kernel_scales, no_zeros, bias)
         return CONVOLVE(*given, *sizes, 1.0, 0, features.dtype, "none", [], "")
 
-    def weight_in_int8(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights, packed for such features, and the scales (O,) float32; made anew where the weights changed."""
+    def in_int8(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel, packed for such features, and its scales (O,) float32; made anew where the weight has changed."""
         if self.packed is None or not self.packed.is_of(self.weight):
-            weight = self.weight.float()
-            scales = (weight.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
-            rounded = (weight / scales[:, None, None, None]).round().to(torch.int8)
+            kernel = self.kernel()
+            scales = (kernel.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
+            rounded = (kernel / scales[:, None, None, None]).round().to(torch.int8)
             sizes = (self.stride, self.padding, self.dilation, self.groups)
             packed = PACK(rounded, scales, 1.0, 1, *sizes, features.shape)  # a zero that is not 0: it packs for any
             self.packed = Packed(self.weight.detach(), version_of(self.weight), packed, scales)
-        return self.packed.weight, self.packed.scales
+        return self.packed.kernel, self.packed.scales
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"packed": None}  # oneDNN's tensors are neither copied nor pickled
@@ -102,12 +112,9 @@ def is_for_int8(features: Tensor) -> bool:
 
 def in_uint8(features: Tensor, scale: float, zero: int) -> Tensor:
     """`features / scale + zero`, which lies in [0, 255], rounded, as uint8; all (1, C, H, W) in channels last."""
-    integers = torch.empty_like(features, dtype=torch.uint8)
-    offset = torch.tensor(zero - 128.0)
+    integers, offset = torch.empty_like(features, dtype=torch.uint8), torch.tensor(INTEGERS + zero)
     for part, target in zip(flat(features).split(AT_ONCE), flat(integers).split(AT_ONCE), strict=True):
-        signed = torch.add(offset, part.float(), alpha=1 / scale).round_()
-        target.view(torch.int8).copy_(signed)  # several times as fast as to uint8
-        target.bitwise_xor_(128)  # adds 128
+        target.copy_(torch.add(offset, part.float(), alpha=1 / scale).view(torch.int32))  # the lowest 8 bits
     return integers
 
 

@@ -1,0 +1,62 @@
+"""Nearest-neighbour upsampling and the convolution after it, in one: four products for nine.
+
+Of the nine pixels under a 3x3 kernel those that repeat one pixel of the input are equal, so their weights are added up
+beforehand. Shapes: B batch, C O channels in and out, H W sides.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .int8 import Int8Conv2d
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """Doubles both sides, nearest neighbour, then a 3x3 convolution with padding 1."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return upsampled(features, self.weight, self.bias)
+
+
+class Int8UpsampledConv2d(Int8Conv2d):
+    """The same in 8 bits: four 2x2 kernels, one for each of the four pixels that come of one."""
+
+    def in_floats(self, features: Tensor) -> Tensor:
+        return upsampled(features, self.weight, self.bias)
+
+    def kernel(self) -> Tensor:
+        """(4 * O, C, 2, 2): rows first, the kernels of the upper and the lower pixel, of the left and the right one."""
+        return by_halves(by_halves(super().kernel(), 3), 3).flatten(0, 2)  # columns, then rows
+
+    def of_picture(self, features: Tensor) -> Tensor:
+        """Features (1, C, H, W) to (1, O, 2 * H, 2 * W)."""
+        height, width = features.shape[2:]
+        of_each = super().of_picture(features)
+        if of_each.shape[1] == self.out_channels:
+            return of_each  # it was computed in floats
+        of_each = of_each.unflatten(1, (2, 2, -1))  # (1, 2, 2, O, H + 1, W + 1)
+        pixels = of_each.new_empty(1, height, 2, width, 2, self.out_channels)
+        for row in range(2):
+            for column in range(2):
+                part = of_each[:, row, column, :, row : row + height, column : column + width]
+                pixels[:, :, row, :, column] = part.permute(0, 2, 3, 1)
+        return pixels.view(1, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
+def by_halves(kernel: Tensor, dim: int) -> Tensor:
+    """Of three weights along a dimension the sums of two that the first and the second of two equal pixels see.
+
+    A dimension of 2 for these two comes first, the one of 3 becomes 2.
+    """
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)])
+
+
+def upsampled(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Features (B, C, H, W) to (B, O, 2 * H, 2 * W) by a transposed convolution."""
+    weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (in, out, 4, 4)
+    return F.conv_transpose2d(features, sums, bias, stride=2, padding=1)

@@ -125,13 +125,14 @@ def test_it_is_copied_pickled_and_saved_as_the_convolution_that_it_was():
     assert convolution.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_gradients_autocast_and_other_types_are_those_of_any_convolution():
+def test_gradients_autocast_compilers_and_other_types_meet_any_convolution():
     plain = nn.Conv2d(4, 4, 3, padding=1)
     convolution, features = Int8Conv2d(plain), torch.randn(1, 4, 5, 5, requires_grad=True)
     assert torch.equal(convolution(features), plain(features))
     convolution(features).sum().backward()
     assert features.grad.norm() > 0
     with torch.no_grad():
+        assert torch.equal(torch.compile(convolution, backend="eager", fullgraph=True)(features), plain(features))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(convolution(features), plain(features))
         plain.double()

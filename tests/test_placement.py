@@ -110,6 +110,15 @@ def test_activation_checkpointing_does_not_count_a_batch_twice(make, use_reentra
         assert torch.equal(one, other)
 
 
+def test_whether_codes_are_placed_is_asked_anew_of_a_state_that_is_loaded(make):
+    quantizer, fresh = trained(make()), make()
+    assert quantizer.placed
+    quantizer.load_state_dict(fresh.state_dict())
+    assert not quantizer.placed
+    fresh.load_state_dict(trained(make()).state_dict())
+    assert fresh.placed
+
+
 def test_pending_statistics_are_no_buffers(make):
     quantizer = make()
     names = set(dict(quantizer.named_buffers()))

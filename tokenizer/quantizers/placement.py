@@ -56,12 +56,16 @@ class PlacedQuantizer(NearestCodeQuantizer):
         self.revival_threshold = revival_threshold
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("ema_count", torch.ones(codebook_size))
+        self.was_placed = False
+        self.register_load_state_dict_post_hook(ask_again)
         # Not a buffer: DistributedDataParallel would overwrite every rank's statistics with those of rank 0.
         self.pending: PendingStatistics | None = None
 
     @property
     def placed(self) -> bool:
-        return bool(self.num_steps > 0)
+        # Once it is, a GPU is not asked again: it would have to finish all that it was given before.
+        self.was_placed = self.was_placed or bool(self.num_steps > 0)
+        return self.was_placed
 
     @abstractmethod
     def put(self, codes: Tensor, which: Tensor | slice) -> None:
@@ -121,6 +125,11 @@ class PlacedQuantizer(NearestCodeQuantizer):
         dead = (self.ema_count < self.revival_threshold * mean_count).nonzero().flatten()[: len(candidates)]
         self.ema_count[dead] = mean_count
         self.put(candidates[: len(dead)], dead)
+
+
+def ask_again(quantizer: PlacedQuantizer, _: object) -> None:
+    """What is known of a quantizer is not known of the state that it was given."""
+    quantizer.was_placed = False
 
 
 def draw_vectors(vectors: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:

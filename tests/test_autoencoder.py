@@ -123,7 +123,7 @@ def test_in_the_fast_mode_the_decoder_alone_convolves_in_8_bits():
     autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
     names, networks = autoencoder.state_dict().keys(), (autoencoder.encoder, autoencoder.decoder)
     before = [[layer for layer in net.modules() if isinstance(layer, nn.Conv2d)] for net in networks]
-    autoencoder.fast()
+    autoencoder.fast(torch.bfloat16)
     of_encoder, of_decoder = ([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)] for net in networks)
     assert of_encoder == before[0]
     in_8_bits = [id(layer.weight) for layer in of_decoder if isinstance(layer, Int8Conv2d)]

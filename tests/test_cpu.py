@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from processes import run
 
-from train import cpu
-from train.settings import ThreadSettings
+from train import cpu, optimization
+from train.config import parse
+from train.settings import ThreadSettings, TokenizerRun
 
 FREED = """
 import torch
@@ -61,3 +62,11 @@ def test_the_cores_are_shared_out_and_freed_memory_is_kept(given, ranks, busy, t
         assert (torch.get_num_threads(), kept) == (threads, ["so"])
     finally:
         torch.set_num_threads(before)
+
+
+def test_bf16_is_warned_of_where_it_is_slower(tmp_path, monkeypatch, caplog):
+    given = parse(TokenizerRun, ["mixed_precision=bf16", f"output_dir={tmp_path}", "speed.threads=1"])
+    for fast in (True, False):
+        monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda fast=fast: fast)
+        optimization.make_accelerator(given)
+        assert ("mixed_precision=bf16 is slower than no on this processor" in caplog.text) is not fast

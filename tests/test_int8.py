@@ -2,13 +2,16 @@
 
 import copy
 import math
+import os
 import pickle
+import sys
 
 import pytest
 import torch
 from eight_bits import in_8_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run
 from torch import Tensor, nn
 
 from tokenizer import int8
@@ -146,10 +149,29 @@ def test_without_onednn_or_products_of_8_bits_it_is_any_convolution(monkeypatch)
     with torch.no_grad():
         with torch.backends.mkldnn.flags(enabled=False):
             assert torch.equal(convolution(features), plain(features))
-        for name, lacking in {"HAS_DOT_PRODUCTS": False, "PACK": None, "CONVOLVE": None}.items():
+        for name, lacking in {"multiplies_int8": lambda dtype: False, "PACK": None, "CONVOLVE": None}.items():
             with monkeypatch.context() as context:
                 context.setattr(int8, name, lacking)
                 assert torch.equal(convolution(features), plain(features))
+
+
+LESSER = """
+import torch
+from tokenizer.int8 import Int8Conv2d
+torch.manual_seed(0)
+plain, features = torch.nn.Conv2d(48, 40, 3, padding=1).requires_grad_(False), torch.randn(2, 48, 9, 7)
+with torch.no_grad():
+    print((Int8Conv2d(plain)(features) - plain(features)).norm().item() / plain(features).norm().item())
+"""
+
+
+@in_8_bits
+@pytest.mark.parametrize("instructions", ["AVX512_CORE_VNNI", "AVX2_VNNI"])
+def test_what_onednn_has_for_lesser_processors_is_as_exact(instructions):
+    paths = os.pathsep.join(sys.path)
+    done = run([sys.executable, "-c", LESSER], PYTHONPATH=paths, ONEDNN_MAX_CPU_ISA=instructions)
+    assert done.returncode == 0, done.stderr
+    assert 0.002 < float(done.stdout) < 0.02
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

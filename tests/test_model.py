@@ -340,6 +340,20 @@ def test_the_fast_mode_is_the_model_itself_rounds_what_it_decodes_and_is_saved_i
     assert loaded.fingerprint == tokenizer.fingerprint
 
 
+def test_on_a_processor_without_bfloat16_the_fast_mode_leaves_tokens_and_weights(tokenizer, monkeypatch):
+    monkeypatch.setattr(image_model, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(image_model, "multiplies_int8", lambda dtype: dtype == torch.float32)
+    images, fingerprint = torch.rand(2, 3, 32, 32), tokenizer.fingerprint
+    tokens = tokenizer.encode(images)
+    pictures, fast = tokenizer.decode(tokens), copy.deepcopy(tokenizer).fast()
+    assert fast.fingerprint == fingerprint
+    assert torch.equal(fast.encode(images), tokens)
+    assert (fast.decode(tokens) - pictures).abs().mean() < 0.01
+    monkeypatch.setattr(image_model, "multiplies_int8", lambda dtype: False)
+    with pytest.warns(UserWarning, match="changes nothing on this processor"):
+        tokenizer.fast()
+
+
 def test_a_subclass_loads_what_its_class_saved_and_no_other_class_does(tokenizer, tmp_path, monkeypatch):
     class Named(ImageTokenizer):
         def named(self) -> str:

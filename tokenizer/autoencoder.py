@@ -255,17 +255,17 @@ class ConvolutionalAutoencoder(nn.Module):
         decoder["unpatchify"] = nn.PixelShuffle(patch_size)
         self.decoder = layers(OrderedDict(decoder))
 
-    def fast(self) -> None:
-        """Compute in bfloat16: the decoder as a whole, of the encoder the branches of its residual blocks.
+    def fast(self, dtype: torch.dtype) -> None:
+        """Compute in this type: the decoder as a whole, of the encoder the branches of its residual blocks.
 
-        What the encoder's branches are added to stays in float32, and the layers at its ends and between its levels do:
+        What the encoder's branches are added to stays as it is, and the layers at its ends and between its levels do:
         rounding there moves most of the tokens that bfloat16 moves. From the decoder no token follows: its blocks and
         what lies between its levels convolve in 8 bits, where a CPU has products of them.
         """
         for layer in self.encoder.modules():
             if isinstance(layer, ResidualBlock):
-                layer.branch_to(torch.bfloat16)
-        self.decoder.to(torch.bfloat16)
+                layer.branch_to(dtype)
+        self.decoder.to(dtype)
         for layer in list(self.decoder.modules()):
             if isinstance(layer, (ResidualBlock, Upsample)):
                 layer.in_int8()

@@ -7,6 +7,7 @@ Shapes: B batch, C image channels, H W image sides in pixels, D components of a 
 from abc import abstractmethod
 from numbers import Integral
 from typing import Any, Literal, Self
+from warnings import warn
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
+from .processor import multiplies_bfloat16, multiplies_int8
 from .rounding import by_parts, laid_out
 from .tiles import Tiles, checked_tiles
 
@@ -136,12 +138,16 @@ class ImageModel(PretrainedModel):
         return self
 
     def fast(self) -> Self:
-        """This model itself, changed for good so that it codes faster, in bfloat16 where that moves hardly a token.
+        """This model itself, changed for good so that it codes faster where it is, and moves hardly a token.
 
-        A CPU that can convolves in 8 bits in the decoder, where no token follows (without gradients). Weights are
+        It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU without products in
+        bfloat16. On a CPU with dot products of 8 bits the decoder convolves in these, without gradients. Weights are
         rounded to bfloat16, so the fingerprint is another. The README (Speed) says what changes.
         """
-        self.autoencoder.fast()
+        in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
+        if not in_bfloat16 and not multiplies_int8(torch.float32):
+            warn("fast() changes nothing on this processor, without products in bfloat16 or 8 bits", stacklevel=2)
+        self.autoencoder.fast(torch.bfloat16 if in_bfloat16 else torch.float32)
         return self
 
     @property

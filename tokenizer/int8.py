@@ -1,4 +1,4 @@
-"""Convolutions in integers of 8 bits on a CPU, which multiplies them twice as fast as bfloat16.
+"""Convolutions in integers of 8 bits on a CPU, which multiplies them four times as fast as float32.
 
 The weights of each output channel get 255 values, the features of each picture 255 between the least and the greatest
 of them, so that no picture depends on those beside it; sums are exact. Source: Jacob et al. 2018, arXiv:1712.05877,
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .processor import multiplies_int8
+
 # What `torch.compile` puts in the place of a quantized convolution; no public function leads there. None: not here.
 PACK = getattr(torch.ops.onednn, "qconv_prepack", None)
 CONVOLVE = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
-# Processors without dot products of 8 bits sum pairs in 16, which overflow.
-HAS_DOT_PRODUCTS = getattr(torch.cpu, "_is_vnni_supported", bool)()
 SMALLEST = 1e-30  # step between two values
 AT_ONCE = 2**17  # features, of which what comes between them and their 8 bits stays in the processor's cache
 INTEGERS = 1.5 * 2**23  # from here on float32 holds nothing but integers, their lowest bits those of the number
@@ -99,11 +99,10 @@ class Int8Conv2d(nn.Conv2d):
 def is_for_int8(features: Tensor) -> bool:
     """Whether oneDNN is to convolve these in 8 bits, which no backward pass, autocast or trace for a compiler knows."""
     return (
-        HAS_DOT_PRODUCTS
-        and None not in (PACK, CONVOLVE)
+        None not in (PACK, CONVOLVE)
         and torch.backends.mkldnn.enabled
         and features.device.type == "cpu"
-        and features.dtype in (torch.float32, torch.bfloat16)
+        and multiplies_int8(features.dtype)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tokenizer import Quantizer
+from tokenizer.processor import multiplies_bfloat16
 
 from .checkpoint import RunFolder
 from .config import RunError, UserError
@@ -42,8 +43,11 @@ def make_accelerator(config: TrainingRun) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"mixed_precision={config.mixed_precision} or how it was launched: {error}") from None
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    on_cpu = accelerator.device.type == "cpu"
+    if config.mixed_precision == "fp16" and on_cpu:
         raise UserError("mixed_precision=fp16 changes nothing on a CPU, which has no such arithmetic; bf16, or no")
+    if config.mixed_precision == "bf16" and on_cpu and not multiplies_bfloat16():
+        log.warning("mixed_precision=bf16 is slower than no on this processor, which has no products in bfloat16")
     tune_for_cpu(accelerator, config.speed)
     return accelerator
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tokenizer.int8 import CONVOLVE
+from tokenizer.processor import multiplies_int8
 from tokenizer.products import ONEDNN_LINEAR, product
 
 PRODUCT = 2048  # rows and columns of the matrices
@@ -70,18 +71,21 @@ def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]
     for name, dtype in DTYPES.items():
         matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
         calls[f"product, {name}"] = lambda matrix=matrix: product(matrix, matrix)
-    integers = torch.randint(-128, 128, (PRODUCT, PRODUCT), dtype=torch.int8, device=device)
-    calls["product, int8"] = lambda: torch._int_mm(integers, integers)
+    if str(device) == "cpu" and multiplies_int8(torch.float32):
+        integers = torch.randint(-128, 128, (PRODUCT, PRODUCT), dtype=torch.int8)
+        calls["product, int8"] = lambda: torch._int_mm(integers, integers)
     return calls
 
 
 def machine_rates(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Operations a second of each type and bytes a second, read and written, by the fastest of the `machine_calls`."""
-    rates = {name: four(2 * PRODUCT**3 / min(seconds[f"product, {name}"])) for name in MULTIPLIED}
+    products = {name: f"product, {name}" for name in MULTIPLIED}
+    rates = {name: four(2 * PRODUCT**3 / min(seconds[call])) for name, call in products.items() if call in seconds}
     return rates | {"bytes": four(2 * COPIED / min(seconds["copy"]))}
 
 
 def floors(work: Work, rates: dict[str, float], items: int) -> dict[str, float]:
     """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone."""
-    operations = sum(work.operations[dtype] / rates[name] for name, dtype in MULTIPLIED.items())
+    counts = {name: work.operations[dtype] for name, dtype in MULTIPLIED.items() if work.operations[dtype]}
+    operations = sum(count / rates[name] for name, count in counts.items())
     return {"arithmetic": four(items / operations), "memory": four(items * rates["bytes"] / work.bytes)}

@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig
+from tokenizer import ImageTokenizer, TokenizerConfig, int8
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -108,6 +108,14 @@ def own_cache(tmp_path_factory):
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))  # of the processes that tests start
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s for each epoch
+        yield
+
+
+@pytest.fixture(scope="module")
+def however_little():
+    """Of one file of tests: what can be convolved in 8 bits is, whether that pays or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "FEWEST_PRODUCTS", 0)
         yield
 
 

@@ -64,7 +64,7 @@ def test_the_cores_are_shared_out_and_freed_memory_is_kept(given, ranks, busy, t
         torch.set_num_threads(before)
 
 
-def test_bf16_is_warned_of_where_it_is_slower(tmp_path, monkeypatch, caplog):
+def test_bf16_is_warned_of_where_it_is_slower(tmp_path, monkeypatch, caplog, fresh_accelerator):
     given = parse(TokenizerRun, ["mixed_precision=bf16", f"output_dir={tmp_path}", "speed.threads=1"])
     for fast in (True, False):
         monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda fast=fast: fast)

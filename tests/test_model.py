@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, image_model
+from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, image_model, int8
 
 ANY_SIZE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EVERY_BLOCK = TINY_AUTOENCODER | {"attention_levels": [1], "middle_attention": True, "dropout": 0.5}
@@ -325,7 +325,11 @@ def test_the_fast_mode_rounds_the_latents_less_than_bfloat16_throughout_and_sear
     assert fast.fingerprint != tokenizer.fingerprint  # it makes other tokens
 
 
-def test_the_fast_mode_is_the_model_itself_rounds_what_it_decodes_and_is_saved_in_float32(tokenizer, tmp_path):
+@pytest.mark.parametrize("fewest", [0, int8.FEWEST_PRODUCTS])  # so small a model would not be worth it
+def test_the_fast_mode_is_the_model_itself_rounds_what_it_decodes_and_is_saved_in_float32(
+    fewest, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(int8, "FEWEST_PRODUCTS", fewest)
     tokens = tokenizer.encode(torch.rand(2, 3, 32, 32))
     expected = tokenizer.decode(tokens)
     assert tokenizer.fast() is tokenizer

@@ -30,8 +30,7 @@ from speed_search import SearchRun
 from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
 
-from tokenizer import ImageTokenizer
-from tokenizer.int8 import Int8Conv2d, is_for_int8
+from tokenizer import ImageTokenizer, int8
 from tokenizer.products import product
 from train.config import UserError, parse
 from train.token_store import TokenStore
@@ -208,16 +207,18 @@ def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
     assert cells["share"] == "85% (80% to 90%)"
 
 
-def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_writes():
+def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_writes(monkeypatch):
     left, right = torch.randn(4, 6), torch.randn(6, 8)
     for times in (torch.matmul, product):  # of which the second is an operation of oneDNN's
         work = floors.work_of(lambda times=times: times(left, right).relu())
         assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
         assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
-    convolution, pictures = Int8Conv2d(torch.nn.Conv2d(6, 8, 3)), torch.randn(1, 6, 5, 5)
+    monkeypatch.setattr(int8, "FEWEST_PRODUCTS", 0)
+    convolution, pictures = int8.Int8Conv2d(torch.nn.Conv2d(6, 8, 3)), torch.randn(1, 6, 5, 5)
     with torch.no_grad():
+        convolution(pictures)  # its kernel is made
         work = floors.work_of(lambda: convolution(pictures))
-        kind = torch.uint8 if is_for_int8(pictures) else torch.float32
+        kind = torch.uint8 if int8.is_for_int8(pictures) else torch.float32
     assert work.operations == {kind: 2 * 6 * 9 * 8 * 9}
     layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())

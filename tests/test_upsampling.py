@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from tokenizer.upsampling import Int8UpsampledConv2d, UpsampledConv2d
 
+pytestmark = pytest.mark.usefixtures("however_little")
+
 sides = st.integers(1, 6)
 
 

@@ -141,8 +141,9 @@ class ImageModel(PretrainedModel):
         """This model itself, changed for good so that it codes faster where it is, and moves hardly a token.
 
         It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU without products in
-        bfloat16. On a CPU with dot products of 8 bits the decoder convolves in these, without gradients. Weights are
-        rounded to bfloat16, so the fingerprint is another. The README (Speed) says what changes.
+        bfloat16. A CPU with dot products of 8 bits convolves in these in the decoder, without gradients and where a
+        picture has work enough, for which the kernels are held a second time. Weights are rounded to bfloat16, so the
+        fingerprint is another. The README (Speed) says what changes.
         """
         in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
         if not in_bfloat16 and not multiplies_int8(torch.float32):

@@ -8,7 +8,8 @@ sides.
 """
 
 import math
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 from .processor import multiplies_int8
 
 # What `torch.compile` puts in the place of a quantized convolution; no public function leads there. None: not here.
-PACK = getattr(torch.ops.onednn, "qconv_prepack", None)
-CONVOLVE = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
+PACK = CONVOLVE = None
+if torch.backends.mkldnn.is_available():
+    PACK = getattr(torch.ops.onednn, "qconv_prepack", None)
+    CONVOLVE = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
+FEWEST_PRODUCTS = 2**25  # of a picture: with fewer, bfloat16 is done before features are rounded
+MOST_ADDENDS = 2**31 // (255 * 127)  # of a sum in 32 bits
 SMALLEST = 1e-30  # step between two values
 AT_ONCE = 2**17  # features, of which what comes between them and their 8 bits stays in the processor's cache
 INTEGERS = 1.5 * 2**23  # from here on float32 holds nothing but integers, their lowest bits those of the number
@@ -27,43 +32,38 @@ class Packed(NamedTuple):
     """A kernel in 8 bits, as oneDNN wants it, and the weight that it was made of."""
 
     source: Tensor
-    version: int | None
+    version: int | None  # how often that had changed
     kernel: Tensor
     scales: Tensor  # (O,) float32
+    zeros: Tensor  # (O,) int32, what stands for 0 in the kernel of each channel
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it was made of this weight, unchanged since; a change through `weight.data` in place is not seen."""
-        return self.source.data_ptr() == weight.data_ptr() and self.version == version_of(weight)
-
-
-def version_of(weight: Tensor) -> int | None:
-    """The number of its changes; None for tensors of inference mode, which count none."""
-    return None if weight.is_inference() else weight._version
+        if weight.is_inference():  # whose changes are not counted
+            return False
+        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
 
 
 class Int8Conv2d(nn.Conv2d):
-    """A convolution with the parameters of another, in 8 bits where `is_for_int8` allows that, else as that one is."""
+    """A plain convolution with the parameters of another, in 8 bits where that can be and pays, else as that one is.
+
+    For 8 bits it holds a second kernel, half the size of one in bfloat16.
+    """
 
     def __init__(self, convolution: nn.Conv2d):
         sizes = (convolution.in_channels, convolution.out_channels, convolution.kernel_size)
         super().__init__(*sizes, stride=convolution.stride, padding=convolution.padding, device="meta")
         self.weight, self.bias = convolution.weight, convolution.bias
         self.packed: Packed | None = None
+        self.train(convolution.training)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') in the type of both."""
-        if not is_for_int8(features):
+        pays = features.shape[2] * features.shape[3] * self.weight.numel() >= FEWEST_PRODUCTS
+        if not pays or self.weight[0].numel() > MOST_ADDENDS or not is_for_int8(features):
             return self.in_floats(features)
         convolved = [self.of_picture(picture) for picture in features.split(1)]
         return convolved[0] if len(convolved) == 1 else torch.cat(convolved)
-
-    def in_floats(self, features: Tensor) -> Tensor:
-        """What it is without 8 bits."""
-        return super().forward(features)
-
-    def kernel(self) -> Tensor:
-        """What the features are convolved with, float32 (O, C, k, k)."""
-        return self.weight.float()
 
     def of_picture(self, features: Tensor) -> Tensor:
         """Features (1, C, H, W) to (1, O, H', W')."""
@@ -74,44 +74,80 @@ class Int8Conv2d(nn.Conv2d):
             return self.in_floats(features)  # which carries it on
         scale = max((high - low) / 254, SMALLEST)
         zero = math.ceil(-low / scale)  # so that with rounding, too, all lie in 0 ... 255
-        kernel, kernel_scales = self.in_int8(features)
-        no_zeros = torch.zeros(len(kernel), dtype=torch.int32)
-        bias = None if self.bias is None else self.bias.float().repeat(len(kernel) // self.out_channels)
-        sizes = (self.stride, self.padding, self.dilation, self.groups)
-        given = (in_uint8(features, scale, zero), scale, zero, kernel, kernel_scales, no_zeros, bias)
-        return CONVOLVE(*given, *sizes, 1.0, 0, features.dtype, "none", [], "")
+        return self.convolved(in_uint8(features, scale, zero), scale, zero, features.dtype)
 
-    def in_int8(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The kernel, packed for such features, and its scales (O,) float32; made anew where the weight has changed."""
+    def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
+        """Features (1, C, H, W) as `in_uint8` gives them to (1, O, H', W') of a type."""
+        bias, packed = None if self.bias is None else self.biases(), self.in_int8(integers)
+        given = (integers, scale, zero, packed.kernel, packed.scales, packed.zeros, bias)
+        return CONVOLVE(*given, *self.sizes(), 1.0, 0, dtype, "none", [], "")
+
+    def in_int8(self, integers: Tensor) -> Packed:
+        """The kernel in 8 bits, packed for such features; made anew where the weight has changed."""
         if self.packed is None or not self.packed.is_of(self.weight):
             kernel = self.kernel()
             scales = (kernel.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
             rounded = (kernel / scales[:, None, None, None]).round().to(torch.int8)
-            sizes = (self.stride, self.padding, self.dilation, self.groups)
-            packed = PACK(rounded, scales, 1.0, 1, *sizes, features.shape)  # a zero that is not 0: it packs for any
-            self.packed = Packed(self.weight.detach(), version_of(self.weight), packed, scales)
-        return self.packed.kernel, self.packed.scales
+            zeros = torch.zeros_like(scales, dtype=torch.int32)
+            packed = PACK(rounded, scales, 1.0, 1, *self.sizes(), integers.shape)  # for any zero: one that is not 0
+            version = None if self.weight.is_inference() else self.weight._version
+            self.packed = Packed(self.weight.detach(), version, packed, scales, zeros)
+        return self.packed
+
+    def in_floats(self, features: Tensor) -> Tensor:
+        """What it is without 8 bits."""
+        return super().forward(features)
+
+    def kernel(self) -> Tensor:
+        """What the features are convolved with, float32 (O, C, k, k)."""
+        return self.weight.float()
+
+    def biases(self) -> Tensor:
+        """What is added to each channel, float32 (O,)."""
+        return self.bias.float()
+
+    def sizes(self) -> tuple[object, ...]:
+        """What oneDNN is told of a convolution beside its kernel."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def _apply(self, *arguments: object, **options: object) -> Self:
+        self.packed = None  # it does not follow to another device or type
+        return super()._apply(*arguments, **options)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"packed": None}  # oneDNN's tensors are neither copied nor pickled
 
 
 def is_for_int8(features: Tensor) -> bool:
-    """Whether oneDNN is to convolve these in 8 bits, which no backward pass, autocast or trace for a compiler knows."""
+    """Whether oneDNN is to convolve these in 8 bits, which knows of no gradient, autocast, trace or kind of tensor."""
     return (
         None not in (PACK, CONVOLVE)
         and torch.backends.mkldnn.enabled
         and features.device.type == "cpu"
+        and type(features) is Tensor
         and multiplies_int8(features.dtype)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and sums_are_exact()
     )
+
+
+@cache
+def sums_are_exact() -> bool:
+    """Whether sums of the greatest products, two of which overflow 16 bits, are right: oneDNN may be held to less."""
+    plain = nn.Conv2d(64, 16, 1, bias=False, device="meta")  # without a draw for its weights
+    plain.weight = nn.Parameter(torch.ones(plain.weight.shape, dtype=torch.float32, device="cpu"))
+    greatest = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8, device="cpu")
+    sums = Int8Conv2d(plain).convolved(greatest.to(memory_format=torch.channels_last), 1 / 255, 0, torch.float32)
+    return bool(((sums - 64).abs() < 0.1).all())
 
 
 def in_uint8(features: Tensor, scale: float, zero: int) -> Tensor:
     """`features / scale + zero`, which lies in [0, 255], rounded, as uint8; all (1, C, H, W) in channels last."""
-    integers, offset = torch.empty_like(features, dtype=torch.uint8), torch.tensor(INTEGERS + zero)
+    integers = torch.empty_like(features, dtype=torch.uint8)
+    offset = features.new_tensor(INTEGERS + zero, dtype=torch.float32)
     for part, target in zip(flat(features).split(AT_ONCE), flat(integers).split(AT_ONCE), strict=True):
         target.copy_(torch.add(offset, part.float(), alpha=1 / scale).view(torch.int32))  # the lowest 8 bits
     return integers

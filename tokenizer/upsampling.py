@@ -31,13 +31,13 @@ class Int8UpsampledConv2d(Int8Conv2d):
         """(4 * O, C, 2, 2): rows first, the kernels of the upper and the lower pixel, of the left and the right one."""
         return by_halves(by_halves(super().kernel(), 3), 3).flatten(0, 2)  # columns, then rows
 
-    def of_picture(self, features: Tensor) -> Tensor:
-        """Features (1, C, H, W) to (1, O, 2 * H, 2 * W)."""
-        height, width = features.shape[2:]
-        of_each = super().of_picture(features)
-        if of_each.shape[1] == self.out_channels:
-            return of_each  # it was computed in floats
-        of_each = of_each.unflatten(1, (2, 2, -1))  # (1, 2, 2, O, H + 1, W + 1)
+    def biases(self) -> Tensor:
+        return super().biases().repeat(4)
+
+    def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
+        """Features (1, C, H, W) as `in_uint8` gives them to (1, O, 2 * H, 2 * W) of a type."""
+        height, width = integers.shape[2:]
+        of_each = super().convolved(integers, scale, zero, dtype).unflatten(1, (2, 2, -1))  # (1, 2, 2, O, H + 1, W + 1)
         pixels = of_each.new_empty(1, height, 2, width, 2, self.out_channels)
         for row in range(2):
             for column in range(2):

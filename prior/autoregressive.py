@@ -21,7 +21,7 @@ from tokenizer.pretrained import PretrainedModel
 from .config import PriorConfig
 from .decoding import Decoder
 from .sampling import guidance_scales, guide, sample
-from .transformer import KVCache, Transformer, initialize
+from .transformer import KVCache, Linear, Transformer, initialize
 
 USAGE = """
 from prior import AutoregressivePrior
@@ -55,7 +55,7 @@ class AutoregressivePrior(PretrainedModel):
         self.place_embedding = nn.Embedding(config.num_tokens, config.width)  # of the token that an input predicts
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = Transformer(config.width, config.num_layers, config.num_heads, config.dropout)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size)
         for module in (self.token_embedding, self.class_embedding, self.place_embedding, self.head):
             initialize(module)
 

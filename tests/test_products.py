@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from tokenizer import products
-from tokenizer.products import FEWEST_ROWS, product
+from tokenizer.products import FEWEST_ROWS, linear, product
 
 sides = st.integers(1, 40)
 
@@ -52,15 +53,51 @@ def test_other_types_and_autocast_are_left_to_pytorch(calls, dtype):
     assert calls == []
 
 
-def test_where_a_gradient_is_wanted_it_is_pytorchs_own(calls):
-    left, right = torch.randn(8, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    product(left, right).sum().backward()
-    torch.testing.assert_close(left.grad, right.sum(1).expand(8, 3))
-    torch.testing.assert_close(right.grad, left.sum(0)[:, None].expand(3, 5))
+def test_gradients_and_those_of_gradients_are_those_in_float64(calls):
+    left, right = torch.randn(8, 5, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    towards = torch.randn(8, 6)
+    found, expected = [], []
+    for times, dtype, into in [(product, torch.float32, found), (torch.matmul, torch.float64, expected)]:
+        factors = [factor.detach().to(dtype).requires_grad_() for factor in (left, right)]
+        loss = (times(*factors).sin() * towards.to(dtype)).sum()
+        first = torch.autograd.grad(loss, factors, create_graph=True)
+        into += [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), factors)]
+    assert len(calls) > 3  # forward, both gradients, and theirs
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), columns=sides)
+def test_a_linear_layer_takes_inputs_of_any_shape_and_only_the_gradients_that_are_wanted(shape, columns):
+    inputs, weight = torch.randn(*shape, 3), torch.randn(columns, 3)
+    expected = torch.nn.functional.linear(inputs.double(), weight.double())
+    torch.testing.assert_close(linear(inputs, weight).double(), expected, rtol=1e-5, atol=1e-5)
+    for wanted, other in [(inputs, weight), (weight, inputs)]:
+        wanted.requires_grad_()
+        (found,) = torch.autograd.grad(linear(inputs, weight).sum(), wanted)
+        expected = (
+            (torch.ones(*shape, columns) @ other)
+            if wanted is inputs
+            else other.reshape(-1, 3).sum(0).expand(columns, 3)
+        )
+        torch.testing.assert_close(found, expected.detach())
+        wanted.requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+def test_transforms_of_functions_and_tangents_are_left_to_pytorch(calls):
+    inputs, weight, towards = torch.randn(4, 8, 3), torch.randn(5, 3), torch.randn(5, 3)
+
+    def loss(weight, inputs):
+        return linear(inputs, weight).square().sum()
+
+    per_batch = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, inputs)
+    expected = torch.stack([2 * (each @ weight.T).T @ each for each in inputs])
+    torch.testing.assert_close(per_batch, expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(linear(inputs, forward_ad.make_dual(weight, towards))).tangent
+    torch.testing.assert_close(found, inputs @ towards.T)
     assert calls == []
-    with torch.no_grad():
-        product(left, right)
-    assert len(calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # by `flags`, which sets what is not there

@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig, int8
+from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -109,6 +109,12 @@ def own_cache(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s for each epoch
         yield
+
+
+@pytest.fixture(autouse=True)
+def with_bfloat16(monkeypatch):
+    """The fast mode is tested as on a processor with products in bfloat16, wherever this is."""
+    monkeypatch.setattr(image_model, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from eight_bits import in_8_bits
+from eight_bits import in_8_bits, in_8_bits_from_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run
@@ -71,8 +71,8 @@ def test_it_is_the_convolution_of_what_is_rounded_to_steps(
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=in_8_bits_from_bfloat16)])
 @in_8_bits
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_off_by_about_a_hundredth_and_keeps_type_and_layout(dtype):
     torch.manual_seed(0)
     plain = convolution_of(64, 32).to(dtype)
@@ -189,6 +189,7 @@ def test_gradients_autocast_compilers_and_other_types_meet_any_convolution():
             assert convolution(mode.from_tensor(features.detach())).shape == features.shape
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(convolution(features), plain(features))
+        assert torch.equal(torch.func.vmap(convolution)(features[None])[0], plain(features))
         plain.double()
         assert torch.equal(convolution(features.double()), plain(features.double()))
 

@@ -1,5 +1,7 @@
 """Products by oneDNN beside PyTorch's own, and when they are not oneDNN's."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,16 @@ from torch.autograd import forward_ad
 from tokenizer import products
 from tokenizer.products import FEWEST_ROWS, linear, product
 
+pytestmark = pytest.mark.usefixtures("however_few")
 sides = st.integers(1, 40)
+
+
+@pytest.fixture(scope="module")
+def however_few():
+    """With gradients, too, products go to oneDNN whether that pays or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "FEWEST_PRODUCTS", 0)
+        yield
 
 
 @pytest.fixture
@@ -67,7 +78,7 @@ def test_gradients_and_those_of_gradients_are_those_in_float64(calls):
         torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
-@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), columns=sides)
+@given(shape=st.lists(st.integers(1, 5), max_size=4), columns=sides)
 def test_a_linear_layer_takes_inputs_of_any_shape_and_only_the_gradients_that_are_wanted(shape, columns):
     inputs, weight = torch.randn(*shape, 3), torch.randn(columns, 3)
     expected = torch.nn.functional.linear(inputs.double(), weight.double())
@@ -82,6 +93,31 @@ def test_a_linear_layer_takes_inputs_of_any_shape_and_only_the_gradients_that_ar
         )
         torch.testing.assert_close(found, expected.detach())
         wanted.requires_grad_(False)
+
+
+def test_with_gradients_few_products_are_left_to_pytorch_and_only_what_they_need_is_kept(calls, monkeypatch):
+    inputs, weight, kept = torch.randn(8, 3), torch.randn(5, 3, requires_grad=True), []
+    monkeypatch.setattr(products, "FEWEST_PRODUCTS", 8 * 5 * 3 + 1)
+    linear(inputs, weight)
+    assert calls == []
+    monkeypatch.setattr(products, "FEWEST_PRODUCTS", 8 * 5 * 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda it: it):
+        linear(inputs, weight)
+        linear(inputs.requires_grad_(), weight.detach())
+    assert kept == [(8, 3), (5, 3)]
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_other_kinds_of_tensors_and_traces_are_left_to_pytorch(calls):
+    inputs, weight = torch.randn(8, 3), torch.randn(5, 3)
+    with suppress(RuntimeError):
+        linear(inputs, weight.to("meta"))
+    torch.testing.assert_close(
+        torch.jit.trace(linear, (inputs, weight), check_trace=False)(inputs, weight), inputs @ weight.T
+    )
+    torch.testing.assert_close(linear(inputs, weight.to_sparse()), inputs @ weight.T)
+    assert calls == []
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from eight_bits import in_8_bits
+from eight_bits import in_8_bits, in_8_bits_from_bfloat16
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ def test_in_8_bits_integers_are_exact(height, width, taps):
         assert torch.equal(Int8UpsampledConv2d(convolution)(features), plainly(convolution, features))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=in_8_bits_from_bfloat16)])
 @in_8_bits
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_8_bits_it_is_off_by_about_a_hundredth_whatever_is_beside_it(dtype):
     torch.manual_seed(0)
     convolution = UpsampledConv2d(32).requires_grad_(False).to(dtype)

@@ -140,10 +140,10 @@ class ImageModel(PretrainedModel):
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster where it is, and moves hardly a token.
 
-        It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU without products in
-        bfloat16. A CPU with dot products of 8 bits convolves in these in the decoder, without gradients and where a
-        picture has work enough, for which the kernels are held a second time. Weights are rounded to bfloat16, so the
-        fingerprint is another. The README (Speed) says what changes.
+        It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU of the x86 family that
+        has no products in bfloat16; its weights are rounded so, and the fingerprint is another. A CPU with dot products
+        of 8 bits convolves in these in the decoder, without gradients and where a picture has work enough, for which
+        the kernels are held a second time. The README (Speed) says what changes.
         """
         in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
         if not in_bfloat16 and not multiplies_int8(torch.float32):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .processor import multiplies_int8
+from .processor import multiplies_int8, numbers_alone
 
 # What `torch.compile` puts in the place of a quantized convolution; no public function leads there. None: not here.
 PACK = CONVOLVE = None
@@ -119,17 +119,12 @@ class Int8Conv2d(nn.Conv2d):
 
 
 def is_for_int8(features: Tensor) -> bool:
-    """Whether oneDNN is to convolve these in 8 bits, which knows of no gradient, autocast, trace or kind of tensor."""
+    """Whether oneDNN is to convolve these in 8 bits, which has no gradient."""
     return (
         None not in (PACK, CONVOLVE)
-        and torch.backends.mkldnn.enabled
-        and features.device.type == "cpu"
-        and type(features) is Tensor
-        and multiplies_int8(features.dtype)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and multiplies_int8(features.dtype)
+        and numbers_alone(features)
         and sums_are_exact()
     )
 

@@ -1,6 +1,9 @@
-"""What the processor at hand multiplies faster than float32, as far as PyTorch tells."""
+"""What the processor at hand multiplies faster than float32, and when an operator may do it that knows nothing else."""
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn import Parameter
 
 # An older PyTorch tells nothing: then nothing is done in 8 bits, and bfloat16 is taken to be fast.
 CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
@@ -13,7 +16,7 @@ def multiplies_bfloat16() -> bool:
     without bfloat16, and to AVX2).
     """
     if CAPABILITIES.get("architecture") != "x86_64":
-        return True
+        return True  # nobody has measured it
     return CAPABILITIES["avx512_bf16"] or CAPABILITIES["amx_bf16"]
 
 
@@ -25,3 +28,25 @@ def multiplies_int8(dtype: torch.dtype) -> bool:
     if CAPABILITIES.get("avx512_vnni", False):
         return dtype in (torch.float32, torch.bfloat16)
     return dtype == torch.float32 and CAPABILITIES.get("avx_vnni", False)
+
+
+def numbers_alone(*tensors: Tensor) -> bool:
+    """Whether these lie on a CPU and only their numbers are asked for, gradients aside.
+
+    Operators that are there for `torch.compile` know no autocast, trace, transform, tangent or special kind of tensor.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and torch.backends.mkldnn.enabled
+        and all(is_plain(tensor) for tensor in tensors)
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is dense, on a CPU, of no subclass, and has no tangent."""
+    of_torch = type(tensor) is Tensor or type(tensor) is Parameter
+    on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return of_torch and on_cpu and unpack_dual(tensor).tangent is None

@@ -9,9 +9,9 @@ import platform
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
-from torch.nn import Parameter
 from torch.nn import functional as F
+
+from .processor import numbers_alone
 
 # What `torch.compile` puts in the place of a frozen linear layer; no public function leads there. None: it is not here,
 # or nobody has measured it here.
@@ -19,6 +19,7 @@ ONEDNN_LINEAR = None
 if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
     ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 FEWEST_ROWS = 4  # of the left matrix: with fewer, MKL is done before oneDNN has begun
+FEWEST_PRODUCTS = 2**21  # of numbers, where gradients are wanted: with fewer, Python takes the time that oneDNN saves
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -30,47 +31,50 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def linear(inputs: Tensor, weight: Tensor) -> Tensor:
     """`F.linear(inputs, weight)`, (..., m) from (..., d) and (m, d), up to rounding."""
-    rows = inputs.flatten(0, -2)
+    rows = inputs.flatten(0, -2) if inputs.ndim > 1 else inputs[None]
     if is_for_onednn(rows, weight):
         return by_onednn(rows, weight).unflatten(0, inputs.shape[:-1])
     return F.linear(inputs, weight)
 
 
 def is_for_onednn(left: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply (n, d) by (m, d) turned over: it knows no autocast, trace, transform, tangent."""
+    """Whether oneDNN is to multiply (n, d) by (m, d) turned over."""
     return (
         ONEDNN_LINEAR is not None
-        and torch.backends.mkldnn.enabled
-        and left.device.type == "cpu"
-        and {type(left), type(weight)} <= {Tensor, Parameter}
-        and left.dtype == weight.dtype == torch.float32
         and len(left) >= FEWEST_ROWS
+        and left.dtype == weight.dtype == torch.float32
         and left.shape[1] == weight.shape[1] > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and unpack_dual(left).tangent is unpack_dual(weight).tangent is None
+        and (not wants_gradient(left, weight) or len(left) * weight.numel() >= FEWEST_PRODUCTS)
+        and numbers_alone(left, weight)
     )
+
+
+def wants_gradient(left: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (left.requires_grad or weight.requires_grad)
 
 
 def by_onednn(left: Tensor, weight: Tensor) -> Tensor:
     """`left @ weight.t()`, with gradients where they are wanted."""
-    if torch.is_grad_enabled() and (left.requires_grad or weight.requires_grad):
-        return Linear.apply(left, weight)
+    if wants_gradient(left, weight):
+        return OneDNNLinear.apply(left, weight)
     return ONEDNN_LINEAR(left, weight, None, "none", [], "")
 
 
-class Linear(Function):
+class OneDNNLinear(Function):
     """`left @ weight.t()` by oneDNN, which has no backward pass; this one's are products again."""
 
     @staticmethod
     def forward(ctx, left, weight):
-        ctx.save_for_backward(left, weight)
+        for_left, for_weight = ctx.needs_input_grad
+        ctx.save_for_backward(weight if for_left else None, left if for_weight else None)
         return ONEDNN_LINEAR(left, weight, None, "none", [], "")
 
     @staticmethod
     def backward(ctx, towards):
-        left, weight = ctx.saved_tensors
-        by_left = product(towards, weight) if ctx.needs_input_grad[0] else None
-        by_weight = product(towards.t(), left) if ctx.needs_input_grad[1] else None
-        return by_left, by_weight
+        weight, left = ctx.saved_tensors
+        by_left = None if weight is None else product(towards, weight)
+        if left is None:
+            return by_left, None
+        if towards.shape[1] > left.shape[1]:  # what is turned over is copied: the smaller of the two
+            return by_left, product(left.t(), towards).t()
+        return by_left, product(towards.t(), left)

@@ -118,6 +118,15 @@ def with_bfloat16(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of a few numbers: a second thread costs more than it does."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
 def however_little():
     """Of one file of tests: what can be convolved in 8 bits is, whether that pays or not."""
     with pytest.MonkeyPatch.context() as patch:

@@ -338,6 +338,9 @@ def test_the_fast_mode_is_the_model_itself_rounds_what_it_decodes_and_is_saved_i
     assert not torch.equal(pictures, expected)
     assert (pictures - expected).abs().mean() < 0.01
     assert torch.equal(tokenizer.decode(tokens[1:]), pictures[1:])  # whatever is beside it
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(tokenizer.decode(tokenizer.encode(images)), tokenizer(images).reconstructions.clamp(0, 1))
     tokenizer.save_pretrained(tmp_path)
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}

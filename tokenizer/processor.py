@@ -12,8 +12,8 @@ CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
 def multiplies_bfloat16() -> bool:
     """Whether products in bfloat16 are faster than in float32.
 
-    Without instructions for them a convolution was seen to take three to five times as long (oneDNN held to AVX-512
-    without bfloat16, and to AVX2).
+    Without instructions for them a convolution was seen to take three to five times as long, with the environment's
+    ONEDNN_MAX_CPU_ISA at AVX512_CORE_VNNI and at AVX2.
     """
     if CAPABILITIES.get("architecture") != "x86_64":
         return True  # nobody has measured it
@@ -47,6 +47,5 @@ def numbers_alone(*tensors: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is dense, on a CPU, of no subclass, and has no tangent."""
-    of_torch = type(tensor) is Tensor or type(tensor) is Parameter
     on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    return of_torch and on_cpu and unpack_dual(tensor).tangent is None
+    return type(tensor) in (Tensor, Parameter) and on_cpu and unpack_dual(tensor).tangent is None

@@ -24,7 +24,7 @@ FEWEST_PRODUCTS = 2**21  # of numbers, where gradients are wanted: with fewer, P
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right`, (n, m) from (n, d) and (d, m), up to rounding."""
-    if is_for_onednn(left, right.t()):
+    if is_for_onednn(left, right):
         return by_onednn(left, right.t())
     return left @ right
 
@@ -32,25 +32,25 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def linear(inputs: Tensor, weight: Tensor) -> Tensor:
     """`F.linear(inputs, weight)`, (..., m) from (..., d) and (m, d), up to rounding."""
     rows = inputs.flatten(0, -2) if inputs.ndim > 1 else inputs[None]
-    if is_for_onednn(rows, weight):
+    if is_for_onednn(rows, weight.t()):
         return by_onednn(rows, weight).unflatten(0, inputs.shape[:-1])
     return F.linear(inputs, weight)
 
 
-def is_for_onednn(left: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply (n, d) by (m, d) turned over."""
+def is_for_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN is to multiply (n, d) by (d, m)."""
     return (
         ONEDNN_LINEAR is not None
         and len(left) >= FEWEST_ROWS
-        and left.dtype == weight.dtype == torch.float32
-        and left.shape[1] == weight.shape[1] > 0
-        and (not wants_gradient(left, weight) or len(left) * weight.numel() >= FEWEST_PRODUCTS)
-        and numbers_alone(left, weight)
+        and left.dtype == right.dtype == torch.float32
+        and left.shape[1] == right.shape[0] > 0
+        and (not wants_gradient(left, right) or len(left) * right.numel() >= FEWEST_PRODUCTS)
+        and numbers_alone(left, right)
     )
 
 
-def wants_gradient(left: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (left.requires_grad or weight.requires_grad)
+def wants_gradient(*factors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
 
 
 def by_onednn(left: Tensor, weight: Tensor) -> Tensor:

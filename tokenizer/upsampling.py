@@ -29,7 +29,7 @@ class Int8UpsampledConv2d(Int8Conv2d):
 
     def kernel(self) -> Tensor:
         """(4 * O, C, 2, 2): rows first, the kernels of the upper and the lower pixel, of the left and the right one."""
-        return by_halves(by_halves(super().kernel(), 3), 3).flatten(0, 2)  # columns, then rows
+        return by_halves(by_halves(super().kernel())).flatten(0, 2)  # columns, then rows
 
     def biases(self) -> Tensor:
         return super().biases().repeat(4)
@@ -46,13 +46,13 @@ class Int8UpsampledConv2d(Int8Conv2d):
         return pixels.view(1, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
-def by_halves(kernel: Tensor, dim: int) -> Tensor:
-    """Of three weights along a dimension the sums of two that the first and the second of two equal pixels see.
+def by_halves(kernel: Tensor) -> Tensor:
+    """Of three weights along dimension 3 the sums of two that the first and the second of two equal pixels see.
 
-    A dimension of 2 for these two comes first, the one of 3 becomes 2.
+    A dimension for these two comes first, so that dimension 3 of the result is the one that stood before it.
     """
-    first, second, third = kernel.unbind(dim)
-    return torch.stack([torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)])
+    first, second, third = kernel.unbind(3)
+    return torch.stack([torch.stack([first, second + third], 3), torch.stack([first + second, third], 3)])
 
 
 def upsampled(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

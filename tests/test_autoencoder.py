@@ -15,6 +15,7 @@ from tokenizer.autoencoder import (
     AttentionBlock,
     ClassShift,
     ConvolutionalAutoencoder,
+    PointwiseConv2d,
     ResidualBlock,
     attend,
 )
@@ -59,6 +60,38 @@ def test_the_factor_is_the_patch_times_the_halvings_and_the_decoder_undoes_it(pa
     latents = autoencoder.encoder(torch.rand(2, 3, 3 * factor, 5 * factor))
     assert latents.shape == (2, 5, 3, 5)
     assert autoencoder.decoder(latents).shape == (2, 3, 3 * factor, 5 * factor)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_on_a_cpu_the_decoder_takes_the_fewer_pictures_the_larger_they_become(num_classes, monkeypatch):
+    layout = {"channel_multipliers": [1, 1, 1], "base_channels": 8, "latent_channels": 8, "patch_size": 1}
+    decoder = ConvolutionalAutoencoder(3, 4, **layout, num_classes=num_classes).decoder
+    latents, sizes = torch.randn(7, 4, 2, 3), {name: [] for name in ("level_2", "level_1", "level_0")}
+    given = [latents, torch.tensor([0, 1, 2, 0, 1, 2, 0])] if num_classes else [latents]
+    if num_classes:
+        nn.init.normal_(decoder.classes.table.weight)
+    expected = decoder(*given)  # in training mode all at once
+    for name, of_level in sizes.items():
+        decoder.get_submodule(name).register_forward_hook(lambda *call, to=of_level: to.append(len(call[2])))
+    monkeypatch.setattr("tokenizer.autoencoder.POSITIONS_AT_ONCE", 5 * 2 * 3)
+    torch.testing.assert_close(decoder.eval()(*given), expected)
+    assert sizes == {"level_2": [5, 2], "level_1": [5, 2], "level_0": [1] * 7}  # by the 6, 6 and 24 that enter
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sides", [(1, 1), (1, 5), (7, 1), (17, 3)])
+@pytest.mark.usefixtures("one_thread")
+def test_a_pointwise_convolution_is_a_product_at_each_place_and_keeps_the_layout(sides, layout):
+    layer = PointwiseConv2d(6, 4).double()
+    features = torch.randn(2, 6, *sides).double().to(memory_format=layout).requires_grad_()
+    found, expected = layer(features), torch.einsum("bchw,oc->bohw", features, layer.weight[..., 0, 0])
+    torch.testing.assert_close(found, expected + layer.bias[:, None, None])
+    assert found.is_contiguous(memory_format=layout)
+    with torch.no_grad():
+        assert torch.equal(layer(features), found)
+    towards, given = torch.randn_like(found), [features, layer.weight]
+    for mine, reference in zip(*(torch.autograd.grad(of, given, towards) for of in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, reference)
 
 
 @pytest.mark.parametrize("norm_groups", [0, 4])

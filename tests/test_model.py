@@ -140,20 +140,6 @@ def test_even_where_two_codes_are_almost_equally_near():
     assert torch.equal(model.encode(images), alone)
 
 
-def test_on_a_cpu_pictures_are_decoded_a_few_at_a_time_to_the_same_pictures_as_all_at_once(tokenizer, monkeypatch):
-    tokens = tokenizer.encode(images_of(3, 7, 3, 12, 20))
-    decoder = tokenizer.autoencoder.decoder
-    with torch.no_grad():
-        at_once = (decoder(tokenizer.tokens_to_codes(tokens)) + 1) / 2
-    sizes = []
-    decoder.register_forward_hook(lambda module, given, output: sizes.append(tuple(output.shape)))
-    monkeypatch.setattr(image_model, "DECODED_PIXELS_AT_ONCE", 3 * 12 * 20 + 1)
-    torch.testing.assert_close(tokenizer.decode(tokens), at_once.clamp(0, 1))
-    monkeypatch.setattr(image_model, "DECODED_PIXELS_AT_ONCE", 1)
-    torch.testing.assert_close(tokenizer.decode(tokens), at_once.clamp(0, 1))
-    assert sizes == [(number, 3, 12, 20) for number in [3, 3, 1] + [1] * 7]
-
-
 def test_encoding_and_decoding_in_training_mode_change_nothing_and_use_no_dropout(tokenizer):
     images, expected = images_of(1), tokenizer.encode(images_of(1))
     pictures, before = tokenizer.decode(expected), copy.deepcopy(tokenizer.state_dict())

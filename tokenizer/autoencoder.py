@@ -10,16 +10,19 @@ Shapes: B batch, C image channels, H W image sides, D codebook_dim, h w grid sid
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
+from .rounding import by_parts
 from .upsampling import Int8UpsampledConv2d, UpsampledConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
+POSITIONS_AT_ONCE = 2**12  # that enter a resolution of the decoder: more leave a CPU's cache between its layers
 
 
 def group_norm(channels: int, norm_groups: int) -> nn.Module:
@@ -52,13 +55,57 @@ class ClassShift(nn.Module):
         return features + self.table(labels).to(features.dtype)[:, :, None, None]
 
 
-class ConditionalSequential(nn.Sequential):
+class Encoder(nn.Sequential):
     """Layers one after another, those that shift by the class told the labels (B,)."""
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        for layer in self:
-            features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
-        return features
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        return in_turn(self, features, labels)
+
+
+class Decoder(nn.Sequential):
+    """The same; on a CPU, unless it trains, of the fewer pictures at once the larger they have become.
+
+    A few positions take longer than their share, and many leave the cache.
+    """
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        layers = list(self)
+        starts = [index for index, layer in enumerate(layers) if isinstance(layer, Upsample)]
+        resolutions = [layers[start:end] for start, end in pairwise([0, *starts, len(layers)])]
+        return self.onwards(resolutions, features, *([] if labels is None else [labels]))
+
+    def onwards(self, resolutions: list[list[nn.Module]], *given: Tensor) -> Tensor:
+        """Features, and labels beside them at the first resolution, through the layers of one after another."""
+        first, *others = resolutions
+
+        def convert(*part: Tensor) -> Tensor:
+            features = in_turn(first, *part)
+            return self.onwards(others, features) if others else features
+
+        at_once = max(1, POSITIONS_AT_ONCE // max(1, given[0].shape[2:].numel()))
+        return by_parts(convert, given, self.training, at_once)
+
+
+def in_turn(layers: Iterable[nn.Module], features: Tensor, labels: Tensor | None = None) -> Tensor:
+    """One layer after another, those that shift by the class told the labels."""
+    for layer in layers:
+        features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
+    return features
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, C, H, W) to (B, O, H, W)."""
+        if not features.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(features)
+        # Each row as a picture: on one thread PyTorch leaves fewer than 16 pictures to MKL, which takes twice as long.
+        rows = features.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        return super().forward(rows).squeeze(2).unflatten(0, (-1, features.shape[2])).transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -71,7 +118,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
         # Each block starts as its shortcut (as in Goyal et al. 2017, arXiv:1706.02677, section 5.1), which lets a
         # network without norms train; the default run gains about 1 dB.
         nn.init.zeros_(self.conv2.weight)
@@ -101,10 +148,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
         self.norm = group_norm(channels, norm_groups)
-        self.query = nn.Conv2d(channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.query = PointwiseConv2d(channels, channels)
+        self.key = PointwiseConv2d(channels, channels)
+        self.value = PointwiseConv2d(channels, channels)
+        self.project = PointwiseConv2d(channels, channels)
 
     def forward(self, features: Tensor) -> Tensor:
         normed = self.norm(features)
@@ -236,11 +283,10 @@ class ConvolutionalAutoencoder(nn.Module):
             channels = width
         encoder["middle"] = middle(channels, middle_attention, **options)
         encoder["head"] = OutputHead(channels, latent_channels, norm_groups)
-        encoder["to_codes"] = nn.Conv2d(latent_channels, num_moments * codebook_dim, 1)
-        layers = ConditionalSequential if num_classes else nn.Sequential
-        self.encoder = layers(OrderedDict(encoder))
+        encoder["to_codes"] = PointwiseConv2d(latent_channels, num_moments * codebook_dim)
+        self.encoder = Encoder(OrderedDict(encoder))
 
-        decoder: dict[str, nn.Module] = {"from_codes": nn.Conv2d(codebook_dim, latent_channels, 1)}
+        decoder: dict[str, nn.Module] = {"from_codes": PointwiseConv2d(codebook_dim, latent_channels)}
         decoder["conv_in"] = nn.Conv2d(latent_channels, channels, 3, padding=1)
         if num_classes:
             decoder["classes"] = ClassShift(num_classes, channels)
@@ -253,7 +299,7 @@ class ConvolutionalAutoencoder(nn.Module):
                 decoder[f"upsample_{index}"] = Upsample(channels)
         decoder["head"] = OutputHead(channels, patch_channels, norm_groups)
         decoder["unpatchify"] = nn.PixelShuffle(patch_size)
-        self.decoder = layers(OrderedDict(decoder))
+        self.decoder = Decoder(OrderedDict(decoder))
 
     def fast(self, dtype: torch.dtype) -> None:
         """Compute in this type: the decoder as a whole, of the encoder the branches of its residual blocks.

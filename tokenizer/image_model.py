@@ -23,8 +23,6 @@ from .processor import multiplies_bfloat16, multiplies_int8
 from .rounding import by_parts, laid_out
 from .tiles import Tiles, checked_tiles
 
-DECODED_PIXELS_AT_ONCE = 2**14  # on a CPU: more leave its cache between one layer and the next
-
 
 class ImageModel(PretrainedModel):
     """An autoencoder of images with a bottleneck between encoder and decoder, which a subclass adds.
@@ -63,7 +61,8 @@ class ImageModel(PretrainedModel):
         if tiles is not None:
             return tiles.encoded(lambda tile: self.encode_latents(tile, classes), images)
         pixels = to_model_range(images.float(), *self.config.pixel_range)  # float32: bfloat16 rounds once
-        return self.through(self.autoencoder.encoder, 1, pixels, classes)
+        encoder, given = self.autoencoder.encoder, [pixels] if classes is None else [pixels, classes]
+        return by_parts(lambda part, *told: encoder(laid_out(part, encoder), *told), given, self.training)
 
     def decode_latents(self, latents: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
@@ -72,15 +71,9 @@ class ImageModel(PretrainedModel):
         """
         if tiles is not None:
             return tiles.decoded(lambda tile: self.decode_latents(tile, classes), latents)
-        pixels_of_each = latents.shape[2] * latents.shape[3] * self.downsample_factor**2
-        at_once = max(1, DECODED_PIXELS_AT_ONCE // max(1, pixels_of_each))
-        pixels = self.through(self.autoencoder.decoder, at_once, latents, classes).float()
+        decoder, told = self.autoencoder.decoder, [] if classes is None else [classes]
+        pixels = decoder(laid_out(latents, decoder), *told).float()
         return from_model_range(pixels, *self.config.pixel_range)
-
-    def through(self, network: nn.Module, at_once: int, batch: Tensor, classes: Tensor | None) -> Tensor:
-        """What a network of the autoencoder makes of a batch, in eval mode on a CPU of so many `at_once`."""
-        given = [batch] if classes is None else [batch, classes]
-        return by_parts(lambda part, *told: network(laid_out(part, network), *told), given, self.training, at_once)
 
     def tiles(self, tile_size: int | None, tile_overlap: int | None) -> Tiles | None:
         """The tiles that are asked for in pixels, None for none; ValueError for what the factor does not divide."""

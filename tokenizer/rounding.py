@@ -14,7 +14,8 @@ def by_parts(convert: Callable[..., Tensor], batches: Sequence[Tensor], training
     """`convert` of batches (B, ...) beside each other; on a CPU, unless it trains, of so many `at_once`."""
     if training or batches[0].device.type != "cpu":
         return convert(*batches)
-    return torch.cat([convert(*part) for part in zip(*(batch.split(at_once) for batch in batches), strict=True)])
+    parts = [convert(*part) for part in zip(*(batch.split(at_once) for batch in batches), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def laid_out(features: Tensor, network: nn.Module) -> Tensor:

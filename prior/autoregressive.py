@@ -6,6 +6,7 @@ Shapes: B batch, h w grid sides, q num_codebooks, T tokens of a picture, V vocab
 Tokens are (B, h, w); (B, h, w, q) with several codebooks; (B, T) where the grids of a picture differ in size.
 """
 
+import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -22,6 +23,8 @@ from .config import PriorConfig
 from .decoding import Decoder
 from .sampling import guidance_scales, guide, sample
 from .transformer import KVCache, Linear, Transformer, initialize
+
+Labels = Tensor | Sequence[int | str]  # (B,), numbers or, in a sequence, names of classes
 
 USAGE = """
 from prior import AutoregressivePrior
@@ -59,8 +62,10 @@ class AutoregressivePrior(PretrainedModel):
         for module in (self.token_embedding, self.class_embedding, self.place_embedding, self.head):
             initialize(module)
 
-    def forward(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Labels | None = None) -> Tensor:
         """Tokens of the tokenizer's shape, or flat (B, T), and labels (B,) to logits (B, T, V) float32.
+
+        Labels are numbers in [0, num_classes), or names of the config's `class_names`.
 
         Raises ValueError for tokens or labels that the config does not describe (once compiled, for their shapes only).
         """
@@ -71,7 +76,7 @@ class AutoregressivePrior(PretrainedModel):
         hidden = self.embed(classes, tokens[:, :-1])
         return self.head(self.transformer(hidden, self.coordinates())).float()
 
-    def log_prob(self, tokens: Tensor, labels: Tensor | Sequence[int] | None = None) -> Tensor:
+    def log_prob(self, tokens: Tensor, labels: Labels | None = None) -> Tensor:
         """log p(tokens | label) in nats, (B,) float32; arguments as in `forward`, never with dropout."""
         with self.evaluating():
             logits = self(tokens, labels)
@@ -80,7 +85,7 @@ class AutoregressivePrior(PretrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        labels: Tensor | Sequence[int] | None = None,
+        labels: Labels | None = None,
         num_samples: int | None = None,
         *,
         prefix: Tensor | None = None,
@@ -94,14 +99,15 @@ class AutoregressivePrior(PretrainedModel):
     ) -> Tensor:
         """Draw tokens int64 of the tokenizer's shape, by default from the model's own distribution.
 
-        B is the number of labels, of prefixes, or `num_samples`, which must agree where several are given. `prefix`
-        holds the first tokens of each, (B, n), or the first rows of a grid, (B, rows, w) or (B, rows, w, q), and the
-        rest is drawn given them.
+        B is the number of labels, of prefixes, or `num_samples`, which must agree where several are given. Labels are
+        as in `forward`. `prefix` holds the first tokens of each, (B, n), or the first rows of a grid, (B, rows, w) or
+        (B, rows, w, q), and the rest is drawn given them.
         `temperature`, `top_k`, `top_p` as in sampling.py. `guidance_scale`: 1 is off, 0 leaves the class out, above 1
         strengthens it; a pair changes linearly from the first position to the last.
         Memory grows with batch_size, not with B, and the same generator state gives the same grids at every batch_size
         (up to the rounding of the network). Raises ValueError for arguments that the model cannot follow.
         """
+        labels = self.numbered(labels)
         num_samples = number_of_samples(labels, num_samples, prefix)
         classes, prefix = self.classes(labels, num_samples), self.prefixes(prefix, num_samples)
         scales = self.guidance(guidance_scale)
@@ -206,7 +212,7 @@ class AutoregressivePrior(PretrainedModel):
                 )
         return scales
 
-    def classes(self, labels: Tensor | Sequence[int] | None, num_samples: int) -> Tensor:
+    def classes(self, labels: Labels | None, num_samples: int) -> Tensor:
         """Labels as (B,) int64 on the model's device, without classes the null class; ValueError if wrong."""
         num_classes = self.config.num_classes
         if not num_classes:
@@ -215,10 +221,27 @@ class AutoregressivePrior(PretrainedModel):
             return torch.full((num_samples,), self.null_class, device=self.device)
         if labels is None:
             raise ValueError(f"labels=None; this prior has {num_classes} classes, give one label per grid")
-        labels = whole_numbers("labels", labels, num_classes, self.trusting)
+        labels = whole_numbers("labels", self.numbered(labels), num_classes, self.trusting)
         if labels.shape != (num_samples,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}; the rule is one per grid, ({num_samples},)")
         return labels.to(self.device)
+
+    def numbered(self, labels: Labels | None) -> Tensor | Sequence[int] | None:
+        """Labels with numbers in the place of names; ValueError for a name that no class has."""
+        if not isinstance(labels, (list, tuple)):
+            return labels
+        return [self.number_of(label) if isinstance(label, str) else label for label in labels]
+
+    def number_of(self, name: str) -> int:
+        """The label of the class with this name; ValueError with the nearest names where there is none."""
+        names = self.config.class_names
+        if name in names:
+            return names.index(name)
+        near = " or ".join(map(repr, difflib.get_close_matches(name, names)))
+        hint = f"did you mean {near}?" if near else "prior.config.class_names lists them"
+        if not names:
+            hint = f"its classes have none, give numbers in [0, {self.config.num_classes})"
+        raise ValueError(f"label {name!r} is no name of a class of this prior; {hint}")
 
     def sequences(self, tokens: Tensor) -> Tensor:
         """Whole pictures as (B, T) int64 on the model's device; ValueError if wrong."""
@@ -271,7 +294,9 @@ class AutoregressivePrior(PretrainedModel):
         named = "prior.config.tokenizer" if self.config.tokenizer else '"folder/of/its/tokenizer"'
         request, told = "num_samples=1", ""
         if self.config.num_classes:  # whether the tokenizer is told them as well is known to the tokenizer alone
-            request, told = "labels=[0]", ", labels=[0] if tokenizer.config.num_classes else None"
+            first = repr(self.config.class_names[0]) if self.config.class_names else "0"
+            request = f"labels=[{first}]".replace("{", "{{").replace("}", "}}")  # the whole is a format
+            told = ", labels=[0] if tokenizer.config.num_classes else None"
         shape = f"(1, {', '.join(map(str, self.config.token_shape))})"
         filled = USAGE.replace("TOKENIZER", named).replace("REQUEST", request).replace("SHAPE", shape)
         return filled.replace("LABELS", told)
@@ -303,7 +328,7 @@ def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int, trusted
     return values
 
 
-def number_of_samples(labels: Tensor | Sequence[int] | None, num_samples: int | None, prefix: Tensor | None) -> int:
+def number_of_samples(labels: Labels | None, num_samples: int | None, prefix: Tensor | None) -> int:
     """How many grids the arguments of `generate` ask for, by default 1; ValueError where they disagree."""
     counts = {
         "labels": None if labels is None else tensor_of("labels", labels).numel(),

@@ -1,6 +1,7 @@
 """PriorConfig: exactly what a prior's config.json holds. SIZES: the widths and depths of the field."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,8 +14,12 @@ MAX_VOCAB_SIZE = 2**20  # tokens; each has a row of `width` numbers in the embed
 class PriorConfig(PretrainedConfig):
     """What is modelled (the grid, its vocabulary, its classes, its tokenizer) and the network that models it."""
 
-    format_version: ClassVar[int] = 2
-    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {"num_codebooks": (2, 1), "coarser_grids": (2, [])}
+    format_version: ClassVar[int] = 3
+    later_keys: ClassVar[dict[str, tuple[int, Any]]] = {
+        "class_names": (3, []),
+        "num_codebooks": (2, 1),
+        "coarser_grids": (2, []),
+    }
 
     vocab_size: int  # number of different tokens; they lie in [0, vocab_size)
     grid_size: list[int]  # [h, w], tokens per column and per row of the grid
@@ -28,6 +33,7 @@ class PriorConfig(PretrainedConfig):
     tokenizer_fingerprint: str | None = None  # its `fingerprint`, 64 hexadecimal digits
     num_codebooks: int = 1  # q, tokens at each place of the grid, one after another
     coarser_grids: list[list[int]] = field(default_factory=list)  # [h, w] of each grid before the last, grid_size
+    class_names: list[str] = field(default_factory=list)  # of labels 0, 1, ...; empty where nobody has named them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +48,7 @@ class PriorConfig(PretrainedConfig):
             )
         if self.num_classes < 0:
             raise ValueError(f"num_classes={self.num_classes} must be at least 0; 0 is an unconditional prior")
+        self.check_class_names()
         self.check_network()
         self.check_origin()
 
@@ -61,6 +68,15 @@ class PriorConfig(PretrainedConfig):
         if self.coarser_grids:
             return (self.num_tokens,)
         return (*self.grid_size, self.num_codebooks) if self.num_codebooks > 1 else tuple(self.grid_size)
+
+    def check_class_names(self) -> None:
+        """Raise ValueError unless each class has a name of its own, or none has one."""
+        names = self.class_names
+        if names and len(names) != self.num_classes:
+            raise ValueError(f"class_names has {len(names)} names for num_classes={self.num_classes}; name all or none")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"class_names has {twice[0]!r} more than once; a name must tell its class from the others")
 
     def check_network(self) -> None:
         """Raise ValueError for a network that cannot be built."""

@@ -97,6 +97,33 @@ def test_a_token_changes_all_later_logits_and_neither_its_own_nor_an_earlier_one
     assert (difference[changed + 1 :] > 1e-5).all()
 
 
+def test_a_class_goes_by_its_name_as_by_its_number(tmp_path):
+    named = make_prior(class_names=["tabby cat", "dog"])
+    tokens = torch.randint(3, (3, 2, 2))
+    assert torch.equal(named(tokens, ["dog", "tabby cat", 1]), named(tokens, [1, 0, 1]))
+    assert torch.equal(named.log_prob(tokens, ("dog",) * 3), named.log_prob(tokens, [1] * 3))
+    named.save_pretrained(tmp_path)
+    loaded = AutoregressivePrior.from_pretrained(tmp_path)
+    by_name = loaded.generate(["dog"] * 40, generator=seeded())
+    assert torch.equal(by_name, named.generate([1] * 40, generator=seeded()))
+    assert not torch.equal(by_name, named.generate(["tabby cat"] * 40, generator=seeded()))
+
+
+@pytest.mark.parametrize(
+    ("classes", "name", "message"),
+    [
+        ({"class_names": ["tabby cat", "dog"]}, "taby cat", "label 'taby cat' is no name .*mean 'tabby cat'"),
+        ({"class_names": ["tabby cat", "dog"]}, "zebra", "'zebra' is no name .*prior.config.class_names lists them"),
+        ({}, "dog", r"its classes have none, give numbers in \[0, 2\)"),
+    ],
+)
+def test_a_name_that_no_class_has_is_refused_with_the_nearest(classes, name, message):
+    prior = make_prior(**classes)
+    for call in (lambda: prior.generate([name]), lambda: prior.log_prob(torch.zeros(1, 2, 2, dtype=int), [name])):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_the_class_changes_every_logit(larger):
     tokens = torch.randint(7, (1, 12))
     assert ((larger(tokens, [0]) - larger(tokens, [1])).abs().amax(dim=(0, 2)) > 1e-5).all()
@@ -206,16 +233,21 @@ def test_a_config_that_does_not_fit_is_refused(prior, tmp_path, change, message)
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "told", "call"),
-    [(0, 0, "generate(num_samples=1)"), (2, 0, "generate(labels=[0])"), (2, 2, "generate(labels=[0])")],
-    ids=["no classes", "classes of the prior alone", "classes of both"],
+    ("classes", "told", "call"),
+    [
+        ({"num_classes": 0}, 0, "generate(num_samples=1)"),
+        ({}, 0, "generate(labels=[0])"),
+        ({}, 2, "generate(labels=[0])"),
+        ({"class_names": ["a {source} 'dog'", "cat"]}, 0, """generate(labels=["a {source} 'dog'"])"""),
+    ],
+    ids=["no classes", "classes of the prior alone", "classes of both", "classes with names"],
 )
-def test_the_code_on_the_model_card_draws_a_picture(num_classes, told, call, tmp_path, monkeypatch):
+def test_the_code_on_the_model_card_draws_a_picture(classes, told, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = ImageTokenizer(tiny_config(quantizer={"name": "ema_vq", "codebook_size": 3}, num_classes=told))
     tokenizer.save_pretrained("folder/of/its/tokenizer")
     made_for = {"tokenizer_fingerprint": tokenizer.fingerprint}
-    make_prior(num_classes=num_classes, **made_for).save_pretrained("name")
+    make_prior(**classes, **made_for).save_pretrained("name")
     card = Path("name/README.md").read_text()
     assert f"prior.{call}" in card
     names: dict = {}

@@ -132,8 +132,11 @@ def files(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "tokenizer")
     side, fingerprint = SIDE // tokenizer.downsample_factor, tokenizer.fingerprint
     shape = {"width": 16, "num_layers": 1, "num_heads": 2}
-    for name, num_classes in (("prior", 3), ("two_classes", 2), ("no_classes", 0)):
-        config = PriorConfig(32, [side, side], num_classes, **shape, tokenizer_fingerprint=fingerprint)
+    others = ["black", "grey", "silver"]
+    priors = {"prior": (3, []), "two_classes": (2, []), "no_classes": (0, []), "other_classes": (3, others)}
+    for name, (num_classes, names) in priors.items():
+        known = {"class_names": names, "tokenizer_fingerprint": fingerprint}
+        config = PriorConfig(32, [side, side], num_classes, **shape, **known)
         AutoregressivePrior(config).save_pretrained(folder / name)
     return folder
 
@@ -196,7 +199,14 @@ def test_what_cannot_be_is_one_clear_line(files, tmp_path, changes, told):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("prior", "told"), [("no_classes", "has no classes"), ("two_classes", "has 3 classes")])
+@pytest.mark.parametrize(
+    ("prior", "told"),
+    [
+        ("no_classes", "has no classes"),
+        ("two_classes", "has 3 classes"),
+        ("other_classes", "has a class 'dark' where the prior has 'black'"),
+    ],
+)
 def test_a_prior_must_have_the_classes_of_the_data(files, tmp_path, prior, told):
     with pytest.raises(UserError, match=told):
         main("tiny", arguments(files, prior=files / prior), tmp_path)

@@ -31,9 +31,10 @@ def test_a_tuple_becomes_a_list_as_json_gives_it_back():
     assert PriorConfig(vocab_size=16, grid_size=(4, 4)) == PriorConfig(vocab_size=16, grid_size=[4, 4])
 
 
-def test_a_config_of_the_first_version_has_a_single_grid_and_codebook_and_the_identity_that_it_had():
+def test_a_config_of_the_first_version_has_one_grid_one_codebook_no_names_and_the_identity_that_it_had():
     values = asdict(PriorConfig(**GIVEN))
-    first = {key: value for key, value in values.items() if key not in ("num_codebooks", "coarser_grids")}
+    first = {key: value for key, value in values.items() if key not in PriorConfig.later_keys}
+    assert len(first) == len(values) - 3
     assert PriorConfig.from_dict(first, 1, "here") == PriorConfig(**GIVEN)
     assert PriorConfig(**GIVEN).identity() == first
 
@@ -50,6 +51,10 @@ def test_a_config_of_the_first_version_has_a_single_grid_and_codebook_and_the_id
         ({"num_codebooks": 0}, "num_codebooks=0 must be at least 1"),
         ({"coarser_grids": [[1, 0]]}, r"coarser_grids=\[\[1, 0\]\] must be a list of \[h, w\]"),
         ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
+        ({"num_classes": 3, "class_names": ["cat", "dog"]}, "2 names for num_classes=3; name all or none"),
+        ({"class_names": ["cat"]}, "1 names for num_classes=0"),
+        ({"num_classes": 2, "class_names": ["cat", "cat"]}, "class_names has 'cat' more than once"),
+        ({"num_classes": 1, "class_names": [3]}, "must be of type list"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"num_heads": 0}, "num_heads=0 must be at least 1"),
         ({"width": -8}, "width=-8 must be at least 1"),

@@ -71,6 +71,7 @@ def test_a_run_leaves_the_promised_folder(undisturbed, made):
     tokenizer = ImageTokenizer.from_pretrained(made / "tokenizer")
     prior.check_tokenizer(tokenizer.fingerprint)
     assert (prior.config.num_classes, prior.config.grid_size, prior.config.vocab_size) == (2, [4, 4], 32)
+    assert prior.config.class_names == TokenStore.open(made / "tokens").stamp.class_names
     pictures = tokenizer.decode(prior.generate(labels=[0, 1], generator=torch.Generator().manual_seed(0)))
     assert pictures.shape == (2, 3, 8, 8)
     with Image.open(undisturbed / "samples" / "step_000010.png") as sheet:

@@ -162,13 +162,15 @@ def open_store(config: PriorRun, tokenizer: ImageTokenizer, accelerator: Acceler
 
 def build_prior(config: PriorRun, stamp: StoreStamp) -> AutoregressivePrior:
     """A prior of what the store holds; ValueError where it cannot be."""
+    class_names = (stamp.class_names or []) if config.conditional else []
     return AutoregressivePrior(
         PriorConfig(
             vocab_size=stamp.vocab_size,
             grid_size=list(stamp.grids[-1]),
             coarser_grids=stamp.grids[:-1],
             num_codebooks=stamp.num_codebooks,
-            num_classes=len(stamp.class_names or ()) if config.conditional else 0,
+            num_classes=len(class_names),
+            class_names=class_names,
             tokenizer=stamp.tokenizer or repo_id_of(config.tokenizer),  # published since the store was written
             tokenizer_fingerprint=stamp.tokenizer_fingerprint,
             **asdict(config.model),

@@ -112,7 +112,8 @@ def load_data(
         raise UserError(f"data={config.data} has {found} and the prior {prior.config.num_classes}; give its own data")
     for found, known in zip(class_names, prior.config.class_names, strict=False):  # no names: nothing to compare
         if found != known:
-            raise UserError(f"data={config.data} has a class {found!r} where the prior has {known!r}; give its own data")
+            told = f"a class {found!r} where the prior has {known!r}"
+            raise UserError(f"data={config.data} has {told}; give its own data")
     side = prior.config.grid_size[0] * tokenizer.downsample_factor
     with reading(config.data):
         train, test = (read_images(source, tokenizer.config.image_channels, side) for source in sources)

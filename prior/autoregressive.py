@@ -107,7 +107,7 @@ class AutoregressivePrior(PretrainedModel):
         Memory grows with batch_size, not with B, and the same generator state gives the same grids at every batch_size
         (up to the rounding of the network). Raises ValueError for arguments that the model cannot follow.
         """
-        labels = self.numbered(labels)
+        labels = listed(labels)
         num_samples = number_of_samples(labels, num_samples, prefix)
         classes, prefix = self.classes(labels, num_samples), self.prefixes(prefix, num_samples)
         scales = self.guidance(guidance_scale)
@@ -221,14 +221,14 @@ class AutoregressivePrior(PretrainedModel):
             return torch.full((num_samples,), self.null_class, device=self.device)
         if labels is None:
             raise ValueError(f"labels=None; this prior has {num_classes} classes, give one label per grid")
-        labels = whole_numbers("labels", self.numbered(labels), num_classes, self.trusting)
+        labels = whole_numbers("labels", self.numbered(listed(labels)), num_classes, self.trusting)
         if labels.shape != (num_samples,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}; the rule is one per grid, ({num_samples},)")
         return labels.to(self.device)
 
-    def numbered(self, labels: Labels | None) -> Tensor | Sequence[int] | None:
+    def numbered(self, labels: Tensor | list[int | str] | int) -> Tensor | list[int] | int:
         """Labels with numbers in the place of names; ValueError for a name that no class has."""
-        if not isinstance(labels, (list, tuple)):
+        if not isinstance(labels, list):
             return labels
         return [self.number_of(label) if isinstance(label, str) else label for label in labels]
 
@@ -298,8 +298,8 @@ class AutoregressivePrior(PretrainedModel):
             request = f"labels=[{first}]".replace("{", "{{").replace("}", "}}")  # the whole is a format
             told = ", labels=[0] if tokenizer.config.num_classes else None"
         shape = f"(1, {', '.join(map(str, self.config.token_shape))})"
-        filled = USAGE.replace("TOKENIZER", named).replace("REQUEST", request).replace("SHAPE", shape)
-        return filled.replace("LABELS", told)
+        filled = USAGE.replace("TOKENIZER", named).replace("SHAPE", shape).replace("LABELS", told)
+        return filled.replace("REQUEST", request)  # the last, as a name may be any word
 
 
 def tensor_of(name: str, values: Tensor | Sequence[int]) -> Tensor:
@@ -328,13 +328,25 @@ def whole_numbers(name: str, values: Tensor | Sequence[int], limit: int, trusted
     return values
 
 
+def listed(labels: Labels | None) -> Tensor | list[int | str] | int | None:
+    """Labels in a list, but a tensor, a single number or None as they are; ValueError for a name by itself."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r}; the rule is one per grid, in a tensor or a list: give [{labels!r}]")
+    try:
+        return labels if labels is None or isinstance(labels, Tensor) else list(labels)
+    except TypeError:
+        return labels
+
+
 def number_of_samples(labels: Labels | None, num_samples: int | None, prefix: Tensor | None) -> int:
     """How many grids the arguments of `generate` ask for, by default 1; ValueError where they disagree."""
     counts = {
-        "labels": None if labels is None else tensor_of("labels", labels).numel(),
+        "labels": None,
         "num_samples": num_samples,
         "prefix": None if prefix is None else len(torch.atleast_1d(tensor_of("prefix", prefix))),
     }
+    if labels is not None:
+        counts["labels"] = len(labels) if isinstance(labels, list) else tensor_of("labels", labels).numel()
     counts = {name: count for name, count in counts.items() if count is not None}
     asked = ", ".join(f"{count} by {name}" for name, count in counts.items())
     if len(set(counts.values())) > 1:

@@ -1,12 +1,14 @@
 """The network: its size as VQGAN, its shapes, and what its layout refuses; its arithmetic: test_diffusers_format.py."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from diffusers_models import vq_model
 from largest_tensor import LargestTensor
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer import ImageTokenizer, TokenizerConfig
@@ -62,36 +64,78 @@ def test_the_factor_is_the_patch_times_the_halvings_and_the_decoder_undoes_it(pa
     assert autoencoder.decoder(latents).shape == (2, 3, 3 * factor, 5 * factor)
 
 
+SIDES = {"channel_multipliers": [1, 1, 1], "base_channels": 8, "latent_channels": 8, "patch_size": 1}
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_on_a_cpu_the_decoder_takes_the_fewer_pictures_the_larger_they_become(num_classes, monkeypatch):
-    layout = {"channel_multipliers": [1, 1, 1], "base_channels": 8, "latent_channels": 8, "patch_size": 1}
-    decoder = ConvolutionalAutoencoder(3, 4, **layout, num_classes=num_classes).decoder
-    latents, sizes = torch.randn(7, 4, 2, 3), {name: [] for name in ("level_2", "level_1", "level_0")}
-    given = [latents, torch.tensor([0, 1, 2, 0, 1, 2, 0])] if num_classes else [latents]
+def test_on_a_cpu_a_decoder_takes_the_fewer_pictures_the_larger_they_become_unless_it_trains(num_classes, monkeypatch):
+    decoder = ConvolutionalAutoencoder(3, 4, **SIDES, num_classes=num_classes).decoder
+    given, sizes = [torch.randn(7, 4, 2, 3)], {name: [] for name in ("level_2", "level_1", "level_0")}
     if num_classes:
         nn.init.normal_(decoder.classes.table.weight)
-    expected = decoder(*given)  # in training mode all at once
+        given.append(torch.tensor([0, 1, 2, 0, 1, 2, 0]))
     for name, of_level in sizes.items():
         decoder.get_submodule(name).register_forward_hook(lambda *call, to=of_level: to.append(len(call[2])))
     monkeypatch.setattr("tokenizer.autoencoder.POSITIONS_AT_ONCE", 5 * 2 * 3)
+    expected = decoder(*given)
     torch.testing.assert_close(decoder.eval()(*given), expected)
-    assert sizes == {"level_2": [5, 2], "level_1": [5, 2], "level_0": [1] * 7}  # by the 6, 6 and 24 that enter
+    assert sizes == {"level_2": [7, 5, 2], "level_1": [7, 5, 2], "level_0": [7] + [1] * 7}  # 6, 6 and 24 enter
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # it is deprecated
+def test_an_exported_or_traced_decoder_takes_any_batch(monkeypatch):
+    monkeypatch.setattr("tokenizer.autoencoder.POSITIONS_AT_ONCE", 12)
+    decoder, latents = ConvolutionalAutoencoder(3, 4, **SIDES).decoder.eval(), torch.randn(9, 4, 2, 3)
+    expected, batch = decoder(latents), {0: torch.export.Dim("batch")}
+    exported = torch.export.export(decoder, (latents[:5],), dynamic_shapes={"features": batch}).module()
+    for made in (exported, torch.jit.trace(decoder, (latents[:5],), check_trace=False)):
+        torch.testing.assert_close(made(latents), expected)
+
+
+def test_a_decoder_lets_go_of_what_a_layer_has_used():
+    decoder, outputs, left = ConvolutionalAutoencoder(3, 4, **SIDES).decoder.eval(), [], []
+    for layer in decoder:
+        layer.register_forward_hook(lambda layer, given, output: outputs.append(weakref.ref(output)))
+    decoder.head.register_forward_hook(lambda *call: left.extend(each() is not None for each in outputs))
+    with torch.no_grad():
+        decoder(torch.randn(1, 4, 2, 3))
+    assert left == [False] * (len(decoder) - 3) + [True, True]  # what enters and what leaves the head, the last but one
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("sides", [(1, 1), (1, 5), (7, 1), (17, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 6, 1, 1), (2, 6, 1, 5), (2, 6, 7, 1), (2, 6, 17, 3), (16, 6, 3, 2), (2, 1, 5, 7)]
+)
 @pytest.mark.usefixtures("one_thread")
-def test_a_pointwise_convolution_is_a_product_at_each_place_and_keeps_the_layout(sides, layout):
-    layer = PointwiseConv2d(6, 4).double()
-    features = torch.randn(2, 6, *sides).double().to(memory_format=layout).requires_grad_()
+def test_a_pointwise_convolution_is_a_product_at_each_place_and_keeps_the_layout(sizes, layout):
+    torch.manual_seed(0)
+    layer, features = PointwiseConv2d(sizes[1], 4), torch.randn(sizes).to(memory_format=layout).requires_grad_()
     found, expected = layer(features), torch.einsum("bchw,oc->bohw", features, layer.weight[..., 0, 0])
     torch.testing.assert_close(found, expected + layer.bias[:, None, None])
-    assert found.is_contiguous(memory_format=layout)
+    plain, layouts = F.conv2d(features, layer.weight, layer.bias), (torch.contiguous_format, torch.channels_last)
+    assert [found.is_contiguous(memory_format=each) for each in layouts] == [
+        plain.is_contiguous(memory_format=each) for each in layouts
+    ]
     with torch.no_grad():
         assert torch.equal(layer(features), found)
     towards, given = torch.randn_like(found), [features, layer.weight]
     for mine, reference in zip(*(torch.autograd.grad(of, given, towards) for of in (found, expected)), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_few_pictures_in_float32_on_one_thread_go_through_a_pointwise_convolution_row_by_row(monkeypatch):
+    layer, seen = PointwiseConv2d(6, 4), []
+    convolve = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, given: seen.append(len(given)) or convolve(self, given))
+    few, many = (torch.randn(size, 6, 5, 7).to(memory_format=torch.channels_last) for size in (15, 16))
+    layer(few), layer(many), layer(few.contiguous())
+    torch.vmap(layer)(few[:, None])
+    layer.bfloat16()(few.bfloat16())
+    torch.set_num_threads(2)
+    layer.float()(few)
+    assert seen[0] == 15 * 5
+    assert seen[1:] == [16, 15, 1, 15, 15]
 
 
 @pytest.mark.parametrize("norm_groups", [0, 4])

@@ -4,6 +4,7 @@ Small enough to list all 81 grids of 2 x 2 tokens out of 3, so that every claim 
 """
 
 import json
+from collections import UserList
 from copy import deepcopy
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def test_a_class_goes_by_its_name_as_by_its_number(tmp_path):
     named = make_prior(class_names=["tabby cat", "dog"])
     tokens = torch.randint(3, (3, 2, 2))
     assert torch.equal(named(tokens, ["dog", "tabby cat", 1]), named(tokens, [1, 0, 1]))
-    assert torch.equal(named.log_prob(tokens, ("dog",) * 3), named.log_prob(tokens, [1] * 3))
+    for dogs in (("dog",) * 3, UserList(["dog"] * 3), np.array(["dog"] * 3), np.ones(3, dtype=int)):
+        assert torch.equal(named.log_prob(tokens, dogs), named.log_prob(tokens, [1] * 3))
     named.save_pretrained(tmp_path)
     loaded = AutoregressivePrior.from_pretrained(tmp_path)
     by_name = loaded.generate(["dog"] * 40, generator=seeded())
@@ -110,16 +112,18 @@ def test_a_class_goes_by_its_name_as_by_its_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "name", "message"),
+    ("classes", "labels", "message"),
     [
-        ({"class_names": ["tabby cat", "dog"]}, "taby cat", "label 'taby cat' is no name .*mean 'tabby cat'"),
-        ({"class_names": ["tabby cat", "dog"]}, "zebra", "'zebra' is no name .*prior.config.class_names lists them"),
-        ({}, "dog", r"its classes have none, give numbers in \[0, 2\)"),
+        ({"class_names": ["tabby cat", "dog"]}, ["taby cat"], "label 'taby cat' is no name .*mean 'tabby cat'"),
+        ({"class_names": ["tabby cat", "dog"]}, ["zebra"], "'zebra' is no name .*prior.config.class_names lists them"),
+        ({"class_names": ["tabby cat", "dog"]}, "dog", r"one per grid, in a tensor or a list: give \['dog'\]"),
+        ({}, ["dog"], r"its classes have none, give numbers in \[0, 2\)"),
+        ({"num_classes": 0}, ["dog"], "labels were given to an unconditional prior .*; leave them out"),
     ],
 )
-def test_a_name_that_no_class_has_is_refused_with_the_nearest(classes, name, message):
+def test_a_name_that_no_class_has_is_refused_with_the_nearest(classes, labels, message):
     prior = make_prior(**classes)
-    for call in (lambda: prior.generate([name]), lambda: prior.log_prob(torch.zeros(1, 2, 2, dtype=int), [name])):
+    for call in (lambda: prior.generate(labels), lambda: prior.log_prob(torch.zeros(1, 2, 2, dtype=int), labels)):
         with pytest.raises(ValueError, match=message):
             call()
 
@@ -238,7 +242,7 @@ def test_a_config_that_does_not_fit_is_refused(prior, tmp_path, change, message)
         ({"num_classes": 0}, 0, "generate(num_samples=1)"),
         ({}, 0, "generate(labels=[0])"),
         ({}, 2, "generate(labels=[0])"),
-        ({"class_names": ["a {source} 'dog'", "cat"]}, 0, """generate(labels=["a {source} 'dog'"])"""),
+        ({"class_names": ["LABELS {source} 'SHAPE'", "cat"]}, 0, """generate(labels=["LABELS {source} 'SHAPE'"])"""),
     ],
     ids=["no classes", "classes of the prior alone", "classes of both", "classes with names"],
 )

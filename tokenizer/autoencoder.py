@@ -10,19 +10,21 @@ Shapes: B batch, C image channels, H W image sides, D codebook_dim, h w grid sid
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
+from .processor import numbers_alone
 from .rounding import by_parts
 from .upsampling import Int8UpsampledConv2d, UpsampledConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
-POSITIONS_AT_ONCE = 2**12  # that enter a resolution of the decoder: more leave a CPU's cache between its layers
+POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
+FEWEST_FOR_ONEDNN = 16  # pictures, by PyTorch's ConvParams::use_mkldnn
 
 
 def group_norm(channels: int, norm_groups: int) -> nn.Module:
@@ -59,53 +61,65 @@ class Encoder(nn.Sequential):
     """Layers one after another, those that shift by the class told the labels (B,)."""
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        return in_turn(self, features, labels)
+        for layer in self:
+            features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
+        return features
 
 
 class Decoder(nn.Sequential):
-    """The same; on a CPU, unless it trains, of the fewer pictures at once the larger they have become.
+    """Layers one after another, those that shift by the class told the labels (B,).
 
-    A few positions take longer than their share, and many leave the cache.
+    In eval mode on a CPU the batch is split at the beginning and before each upsampling, into parts of about
+    POSITIONS_AT_ONCE positions: of fewer, oneDNN takes longer for each, and more leave the cache between two layers.
+    What is compiled, exported or traced stays whole, so that it fits any batch.
     """
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        layers = list(self)
-        starts = [index for index, layer in enumerate(layers) if isinstance(layer, Upsample)]
-        resolutions = [layers[start:end] for start, end in pairwise([0, *starts, len(layers)])]
-        return self.onwards(resolutions, features, *([] if labels is None else [labels]))
-
-    def onwards(self, resolutions: list[list[nn.Module]], *given: Tensor) -> Tensor:
-        """Features, and labels beside them at the first resolution, through the layers of one after another."""
-        first, *others = resolutions
-
-        def convert(*part: Tensor) -> Tensor:
-            features = in_turn(first, *part)
-            return self.onwards(others, features) if others else features
-
-        at_once = max(1, POSITIONS_AT_ONCE // max(1, given[0].shape[2:].numel()))
-        return by_parts(convert, given, self.training, at_once)
+        whole = self.training or features.device.type != "cpu"
+        whole = whole or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return onwards(list(self), features, labels, in_parts=not whole)
 
 
-def in_turn(layers: Iterable[nn.Module], features: Tensor, labels: Tensor | None = None) -> Tensor:
-    """One layer after another, those that shift by the class told the labels."""
-    for layer in layers:
+def onwards(layers: Sequence[nn.Module], features: Tensor, labels: Tensor | None = None, *, in_parts: bool) -> Tensor:
+    """What the layers of a decoder make of features, the batch `in_parts` or whole."""
+    for index, layer in enumerate(layers):
+        if in_parts and (index == 0 or isinstance(layer, Upsample)):
+            at_once = max(1, POSITIONS_AT_ONCE // max(1, features.shape[2:].numel()))
+            if len(features) > at_once:
+                given = [features] if labels is None else [features, labels]
+                return by_parts(partial(onwards, layers[index:], in_parts=True), given, False, at_once)
         features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
     return features
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution."""
+    """A 1x1 convolution.
+
+    PyTorch leaves it to MKL for a few pictures in float32 on one thread, which takes twice as long as oneDNN: then each
+    row is a picture.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H, W)."""
-        if not features.is_contiguous(memory_format=torch.channels_last):
+        if not is_for_mkl(features):
             return super().forward(features)
-        # Each row as a picture: on one thread PyTorch leaves fewer than 16 pictures to MKL, which takes twice as long.
-        rows = features.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        rows = features.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * H, C, 1, W)
         return super().forward(rows).squeeze(2).unflatten(0, (-1, features.shape[2])).transpose(1, 2)
+
+
+def is_for_mkl(features: Tensor) -> bool:
+    """Whether PyTorch would leave a 1x1 convolution of these to MKL, and their rows can be had without a copy."""
+    return (
+        numbers_alone(features)  # first: a length that is looked at is no longer free in what is exported
+        and len(features) < FEWEST_FOR_ONEDNN
+        and torch.get_num_threads() == 1
+        and features.dtype == torch.float32
+        and features.is_contiguous(memory_format=torch.channels_last)
+        and not features.is_contiguous()  # of one channel or place: rows would give neither layout back
+    )
 
 
 class ResidualBlock(nn.Module):

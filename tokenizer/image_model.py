@@ -67,7 +67,7 @@ class ImageModel(PretrainedModel):
     def decode_latents(self, latents: Tensor, classes: Tensor | None = None, tiles: Tiles | None = None) -> Tensor:
         """Codes or other latents (B, D, h, w) to float32 images (B, C, H, W) on the [0, 1] scale, not clamped.
 
-        A conditional model takes what `classes` makes of the labels.
+        A conditional model takes what `classes` makes of the labels. The pictures beside one change its last bits.
         """
         if tiles is not None:
             return tiles.decoded(lambda tile: self.decode_latents(tile, classes), latents)

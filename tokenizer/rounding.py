@@ -1,7 +1,8 @@
-"""What keeps rounding from the results: a batch in parts, in one type and one memory layout.
+"""A batch in parts, in one type and one memory layout.
 
-Convolutions sum in another order for another size of the batch and for another layout; on a CPU one token in about
-5000 would depend on the pictures beside it. Shapes: B batch.
+One picture at a time keeps rounding from the tokens: convolutions sum in another order for another size of the batch
+and for another layout, and on a CPU one token in about 5000 would depend on the pictures beside it. Decoders, which
+nothing rests upon, take the parts that are fastest. Shapes: B batch.
 """
 
 from collections.abc import Callable, Sequence

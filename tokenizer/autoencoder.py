@@ -61,9 +61,7 @@ class Encoder(nn.Sequential):
     """Layers one after another, those that shift by the class told the labels (B,)."""
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        for layer in self:
-            features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
-        return features
+        return onwards(list(self), features, labels)
 
 
 class Decoder(nn.Sequential):
@@ -80,8 +78,10 @@ class Decoder(nn.Sequential):
         return onwards(list(self), features, labels, in_parts=not whole)
 
 
-def onwards(layers: Sequence[nn.Module], features: Tensor, labels: Tensor | None = None, *, in_parts: bool) -> Tensor:
-    """What the layers of a decoder make of features, the batch `in_parts` or whole."""
+def onwards(
+    layers: Sequence[nn.Module], features: Tensor, labels: Tensor | None = None, in_parts: bool = False
+) -> Tensor:
+    """What the layers make of features, the batch `in_parts`, as `Decoder` says, or whole."""
     for index, layer in enumerate(layers):
         if in_parts and (index == 0 or isinstance(layer, Upsample)):
             at_once = max(1, POSITIONS_AT_ONCE // max(1, features.shape[2:].numel()))

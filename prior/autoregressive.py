@@ -6,7 +6,6 @@ Shapes: B batch, h w grid sides, q num_codebooks, T tokens of a picture, V vocab
 Tokens are (B, h, w); (B, h, w, q) with several codebooks; (B, T) where the grids of a picture differ in size.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tokenizer.pretrained import PretrainedModel
+from tokenizer.pretrained import PretrainedModel, nearest
 
 from .config import PriorConfig
 from .decoding import Decoder
@@ -221,24 +220,20 @@ class AutoregressivePrior(PretrainedModel):
             return torch.full((num_samples,), self.null_class, device=self.device)
         if labels is None:
             raise ValueError(f"labels=None; this prior has {num_classes} classes, give one label per grid")
-        labels = whole_numbers("labels", self.numbered(listed(labels)), num_classes, self.trusting)
+        labels = listed(labels)
+        if isinstance(labels, list):
+            labels = [self.number_of(label) if isinstance(label, str) else label for label in labels]
+        labels = whole_numbers("labels", labels, num_classes, self.trusting)
         if labels.shape != (num_samples,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}; the rule is one per grid, ({num_samples},)")
         return labels.to(self.device)
 
-    def numbered(self, labels: Tensor | list[int | str] | int) -> Tensor | list[int] | int:
-        """Labels with numbers in the place of names; ValueError for a name that no class has."""
-        if not isinstance(labels, list):
-            return labels
-        return [self.number_of(label) if isinstance(label, str) else label for label in labels]
-
     def number_of(self, name: str) -> int:
-        """The label of the class with this name; ValueError with the nearest names where there is none."""
+        """The label of the class with this name; ValueError with the nearest name where there is none."""
         names = self.config.class_names
         if name in names:
             return names.index(name)
-        near = " or ".join(map(repr, difflib.get_close_matches(name, names)))
-        hint = f"did you mean {near}?" if near else "prior.config.class_names lists them"
+        hint = nearest(name, names) or "prior.config.class_names lists them"
         if not names:
             hint = f"its classes have none, give numbers in [0, {self.config.num_classes})"
         raise ValueError(f"label {name!r} is no name of a class of this prior; {hint}")

@@ -64,12 +64,12 @@ def test_the_factor_is_the_patch_times_the_halvings_and_the_decoder_undoes_it(pa
     assert autoencoder.decoder(latents).shape == (2, 3, 3 * factor, 5 * factor)
 
 
-SIDES = {"channel_multipliers": [1, 1, 1], "base_channels": 8, "latent_channels": 8, "patch_size": 1}
+THREE_LEVELS = {"channel_multipliers": [1, 1, 1], "base_channels": 8, "latent_channels": 8, "patch_size": 1}
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_on_a_cpu_a_decoder_takes_the_fewer_pictures_the_larger_they_become_unless_it_trains(num_classes, monkeypatch):
-    decoder = ConvolutionalAutoencoder(3, 4, **SIDES, num_classes=num_classes).decoder
+    decoder = ConvolutionalAutoencoder(3, 4, **THREE_LEVELS, num_classes=num_classes).decoder
     given, sizes = [torch.randn(7, 4, 2, 3)], {name: [] for name in ("level_2", "level_1", "level_0")}
     if num_classes:
         nn.init.normal_(decoder.classes.table.weight)
@@ -85,7 +85,7 @@ def test_on_a_cpu_a_decoder_takes_the_fewer_pictures_the_larger_they_become_unle
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # it is deprecated
 def test_an_exported_or_traced_decoder_takes_any_batch(monkeypatch):
     monkeypatch.setattr("tokenizer.autoencoder.POSITIONS_AT_ONCE", 12)
-    decoder, latents = ConvolutionalAutoencoder(3, 4, **SIDES).decoder.eval(), torch.randn(9, 4, 2, 3)
+    decoder, latents = ConvolutionalAutoencoder(3, 4, **THREE_LEVELS).decoder.eval(), torch.randn(9, 4, 2, 3)
     expected, batch = decoder(latents), {0: torch.export.Dim("batch")}
     exported = torch.export.export(decoder, (latents[:5],), dynamic_shapes={"features": batch}).module()
     for made in (exported, torch.jit.trace(decoder, (latents[:5],), check_trace=False)):
@@ -93,7 +93,7 @@ def test_an_exported_or_traced_decoder_takes_any_batch(monkeypatch):
 
 
 def test_a_decoder_lets_go_of_what_a_layer_has_used():
-    decoder, outputs, left = ConvolutionalAutoencoder(3, 4, **SIDES).decoder.eval(), [], []
+    decoder, outputs, left = ConvolutionalAutoencoder(3, 4, **THREE_LEVELS).decoder.eval(), [], []
     for layer in decoder:
         layer.register_forward_hook(lambda layer, given, output: outputs.append(weakref.ref(output)))
     decoder.head.register_forward_hook(lambda *call: left.extend(each() is not None for each in outputs))
@@ -132,7 +132,7 @@ def test_few_pictures_in_float32_on_one_thread_go_through_a_pointwise_convolutio
     layer(few), layer(many), layer(few.contiguous())
     torch.vmap(layer)(few[:, None])
     layer.bfloat16()(few.bfloat16())
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer.float()(few)
     assert seen[0] == 15 * 5
     assert seen[1:] == [16, 15, 1, 15, 15]

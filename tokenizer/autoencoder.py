@@ -11,7 +11,7 @@ Shapes: B batch, C image channels, H W image sides, D codebook_dim, h w grid sid
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
 from .processor import numbers_alone
-from .rounding import by_parts
 from .upsampling import Int8UpsampledConv2d, UpsampledConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
@@ -73,9 +72,8 @@ class Decoder(nn.Sequential):
     """
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        whole = self.training or features.device.type != "cpu"
-        whole = whole or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return onwards(list(self), features, labels, in_parts=not whole)
+        whole = self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return onwards(list(self), features, labels, in_parts=not whole and features.device.type == "cpu")
 
 
 def onwards(
@@ -86,8 +84,9 @@ def onwards(
         if in_parts and (index == 0 or isinstance(layer, Upsample)):
             at_once = max(1, POSITIONS_AT_ONCE // max(1, features.shape[2:].numel()))
             if len(features) > at_once:
-                given = [features] if labels is None else [features, labels]
-                return by_parts(partial(onwards, layers[index:], in_parts=True), given, False, at_once)
+                told = repeat(None) if labels is None else labels.split(at_once)
+                parts = zip(features.split(at_once), told, strict=False)  # None has no end
+                return torch.cat([onwards(layers[index:], *part, in_parts=True) for part in parts])
         features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
     return features
 

@@ -63,9 +63,14 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ValueError:
     """The error for a key that nothing reads, naming the nearest right one."""
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(sorted(known))}"
+    hint = nearest(key, known) or f"the keys are {', '.join(sorted(known))}"
     return ValueError(f"unknown key {key!r} in {where}; {hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Whether the most alike of the known words was meant, as a question; empty where none is alike."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 @dataclass

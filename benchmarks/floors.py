@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tokenizer.int8 import CONVOLVE
+from tokenizer import int8, winograd
 from tokenizer.processor import multiplies_int8
 from tokenizer.products import ONEDNN_LINEAR, product
 
@@ -24,7 +24,8 @@ COPIED = 2**28  # bytes, more than a processor's own cache holds
 UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like}
 COUNTS = flop_registry | {
     ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight),
-    CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[3].shape[1:].numel(),
+    int8.CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[3].shape[1:].numel(),
+    winograd.CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[1].shape[1:].numel(),
 }
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8
+from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8, winograd
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -128,9 +128,11 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def however_little():
-    """Of one file of tests: what can be convolved in 8 bits is, whether that pays or not."""
+    """Of one file of tests: what can be convolved in 8 bits or by tiles is, whether that pays or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "FEWEST_PRODUCTS", 0)
+        patch.setattr(winograd, "FEWEST_CHANNELS", 0)
+        patch.setattr(winograd, "FEWEST_TILES", 0)
         yield
 
 

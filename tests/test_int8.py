@@ -3,9 +3,7 @@
 import copy
 import math
 import os
-import pickle
 import sys
-import warnings
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenizer import int8
 from tokenizer.int8 import Int8Conv2d
@@ -95,60 +92,6 @@ def test_no_picture_depends_on_those_beside_it():
 
 
 @in_8_bits
-def test_weights_that_change_are_taken_as_they_are():
-    plain, others = convolution_of(8, 8), convolution_of(8, 8)
-    features = torch.randn(1, 8, 6, 6)
-    with torch.no_grad():
-        expected = Int8Conv2d(others)(features)
-        convolution = Int8Conv2d(plain)
-        before = convolution(features)
-        convolution.load_state_dict(others.state_dict())
-        assert torch.equal(convolution(features), expected)
-        convolution.weight = nn.Parameter(others.weight * 2)
-        convolution.bias.mul_(2)
-        torch.testing.assert_close(convolution(features), 2 * expected)
-        convolution.weight.data = others.weight
-        convolution.bias.data = others.bias
-        assert torch.equal(convolution(features), expected)
-    assert not torch.equal(before, expected)
-
-
-@in_8_bits
-def test_weights_of_inference_mode_are_taken_as_they_are_too():
-    with torch.inference_mode():
-        plain, others, features = convolution_of(4, 4), convolution_of(4, 4), torch.randn(1, 4, 5, 5)
-        convolution = Int8Conv2d(plain)
-        torch.testing.assert_close(convolution(features), plain(features), rtol=0, atol=0.05)
-        convolution.load_state_dict(others.state_dict())
-        assert torch.equal(convolution(features), Int8Conv2d(others)(features))
-
-
-@in_8_bits
-def test_what_is_packed_goes_where_the_weights_go():
-    convolution, features = Int8Conv2d(convolution_of(4, 4)), torch.randn(1, 4, 5, 5)
-    with torch.no_grad():
-        convolution(features)
-        assert convolution.packed is not None
-        assert convolution.double().packed is None
-        assert convolution(features.double()).dtype == torch.float64
-
-
-@in_8_bits
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_defaults_of_the_process_are_not_its_own(dtype):
-    convolution, features = Int8Conv2d(convolution_of(4, 4)), torch.randn(1, 4, 5, 5)
-    other = copy.deepcopy(convolution)
-    with torch.no_grad():
-        expected = convolution(features)
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                assert torch.equal(other(features), expected)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-
-@in_8_bits
 def test_little_work_and_sums_beyond_32_bits_are_left_to_floats(monkeypatch):
     plain, features = convolution_of(4, 4), torch.randn(3, 4, 6, 6)
     convolution, products = Int8Conv2d(plain), 6 * 6 * plain.weight.numel()
@@ -161,50 +104,6 @@ def test_little_work_and_sums_beyond_32_bits_are_left_to_floats(monkeypatch):
                 context.setattr(int8, name, taken)
                 assert torch.equal(convolution(features), rounded)
     assert not torch.equal(rounded, expected)
-
-
-def test_it_is_copied_pickled_and_saved_as_the_convolution_that_it_was():
-    plain = convolution_of(4, 6)
-    convolution, features = Int8Conv2d(plain), torch.randn(2, 4, 5, 5)
-    with torch.no_grad():
-        expected = convolution(features)  # with its weights packed by now
-        for other in (copy.deepcopy(convolution), pickle.loads(pickle.dumps(convolution))):
-            assert torch.equal(other(features), expected)
-    assert convolution.weight is plain.weight
-    assert convolution.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_gradients_autocast_compilers_and_other_types_meet_any_convolution():
-    plain = nn.Conv2d(4, 4, 3, padding=1)
-    convolution, features = Int8Conv2d(plain), torch.randn(1, 4, 5, 5, requires_grad=True)
-    assert torch.equal(convolution(features), plain(features))
-    convolution(features).sum().backward()
-    assert features.grad.norm() > 0
-    with torch.no_grad():
-        assert torch.equal(torch.compile(convolution, backend="eager", fullgraph=True)(features), plain(features))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing is deprecated
-            assert torch.equal(torch.jit.trace(convolution, features)(features), plain(features))
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            assert convolution(mode.from_tensor(features.detach())).shape == features.shape
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(convolution(features), plain(features))
-        assert torch.equal(torch.func.vmap(convolution)(features[None])[0], plain(features))
-        plain.double()
-        assert torch.equal(convolution(features.double()), plain(features.double()))
-
-
-@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # by `flags`, which sets what is not there
-def test_without_onednn_or_products_of_8_bits_it_is_any_convolution(monkeypatch):
-    plain = convolution_of(4, 4)
-    convolution, features = Int8Conv2d(plain), torch.randn(1, 4, 5, 5)
-    with torch.no_grad():
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert torch.equal(convolution(features), plain(features))
-        for name, lacking in {"multiplies_int8": lambda dtype: False, "PACK": None, "CONVOLVE": None}.items():
-            with monkeypatch.context() as context:
-                context.setattr(int8, name, lacking)
-                assert torch.equal(convolution(features), plain(features))
 
 
 LESSER = """

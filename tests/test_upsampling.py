@@ -17,6 +17,10 @@ pytestmark = pytest.mark.usefixtures("however_little")
 sides = st.integers(1, 6)
 
 
+def upsampled_of(channels: int) -> UpsampledConv2d:
+    return UpsampledConv2d(nn.Conv2d(channels, channels, 3, padding=1))
+
+
 def plainly(convolution: nn.Conv2d, features: Tensor) -> Tensor:
     """The reference."""
     grown = F.interpolate(features, scale_factor=2.0, mode="nearest")
@@ -24,7 +28,7 @@ def plainly(convolution: nn.Conv2d, features: Tensor) -> Tensor:
 
 
 def test_it_is_nearest_neighbour_then_the_convolution_and_so_are_its_gradients():
-    convolution = UpsampledConv2d(5).double()
+    convolution = upsampled_of(5).double()
     features = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     parameters = [features, *convolution.parameters()]
     found, expected = convolution(features), plainly(convolution, features)
@@ -38,7 +42,7 @@ def test_it_is_nearest_neighbour_then_the_convolution_and_so_are_its_gradients()
 @given(height=sides, width=sides, taps=st.lists(st.integers(0, 26), min_size=3, max_size=3))
 def test_in_8_bits_integers_are_exact(height, width, taps):
     """One weight of 127 in each kernel, so that sums of weights and their steps of 1 are integers too."""
-    convolution = UpsampledConv2d(3).requires_grad_(False)
+    convolution = upsampled_of(3).requires_grad_(False)
     convolution.bias.copy_(torch.arange(3.0))
     convolution.weight.zero_().flatten(1).scatter_(1, torch.tensor(taps)[:, None], 127.0)
     features = torch.randint(-100, 155, (2, 3, height, width)).float()
@@ -51,7 +55,7 @@ def test_in_8_bits_integers_are_exact(height, width, taps):
 @in_8_bits
 def test_in_8_bits_it_is_off_by_about_a_hundredth_whatever_is_beside_it(dtype):
     torch.manual_seed(0)
-    convolution = UpsampledConv2d(32).requires_grad_(False).to(dtype)
+    convolution = upsampled_of(32).requires_grad_(False).to(dtype)
     features = torch.randn(2, 32, 8, 6).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         found, expected = Int8UpsampledConv2d(convolution)(features), plainly(convolution, features)
@@ -62,7 +66,7 @@ def test_in_8_bits_it_is_off_by_about_a_hundredth_whatever_is_beside_it(dtype):
 
 
 def test_where_there_are_no_8_bits_it_is_as_it_was():
-    convolution = UpsampledConv2d(4)
+    convolution = upsampled_of(4)
     in_8_bits_or_not, features = Int8UpsampledConv2d(convolution), torch.randn(1, 4, 5, 3, requires_grad=True)
     assert torch.equal(in_8_bits_or_not(features), convolution(features))
     features = features.detach().clone()

@@ -9,18 +9,15 @@ sides.
 
 import math
 from functools import cache
-from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from .processor import multiplies_int8, numbers_alone
+from .packed import PackedConv2d
+from .processor import multiplies_int8, numbers_alone, onednn_operator
 
-# What `torch.compile` puts in the place of a quantized convolution; no public function leads there. None: not here.
-PACK = CONVOLVE = None
-if torch.backends.mkldnn.is_available():
-    PACK = getattr(torch.ops.onednn, "qconv_prepack", None)
-    CONVOLVE = getattr(torch.ops.onednn, "qconv2d_pointwise", None)
+PACK = onednn_operator("onednn", "qconv_prepack")
+CONVOLVE = onednn_operator("onednn", "qconv2d_pointwise")
 FEWEST_PRODUCTS = 2**25  # of a picture: with fewer, bfloat16 is done before features are rounded
 MOST_ADDENDS = 2**31 // (255 * 127)  # of a sum in 32 bits
 SMALLEST = 1e-30  # step between two values
@@ -28,40 +25,17 @@ AT_ONCE = 2**17  # features, of which what comes between them and their 8 bits s
 INTEGERS = 1.5 * 2**23  # from here on float32 holds nothing but integers, their lowest bits those of the number
 
 
-class Packed(NamedTuple):
-    """A kernel in 8 bits, as oneDNN wants it, and the weight that it was made of."""
-
-    source: Tensor
-    version: int | None  # how often that had changed
-    kernel: Tensor
-    scales: Tensor  # (O,) float32
-    zeros: Tensor  # (O,) int32, what stands for 0 in the kernel of each channel
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight, unchanged since; a change through `weight.data` in place is not seen."""
-        if weight.is_inference():  # whose changes are not counted
-            return False
-        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
-
-
-class Int8Conv2d(nn.Conv2d):
+class Int8Conv2d(PackedConv2d):
     """A plain convolution with the parameters of another, in 8 bits where that can be and pays, else as that one is.
 
     For 8 bits it holds a second kernel, half the size of one in bfloat16.
     """
 
-    def __init__(self, convolution: nn.Conv2d):
-        sizes = (convolution.in_channels, convolution.out_channels, convolution.kernel_size)
-        super().__init__(*sizes, stride=convolution.stride, padding=convolution.padding, device="meta")
-        self.weight, self.bias = convolution.weight, convolution.bias
-        self.packed: Packed | None = None
-        self.train(convolution.training)
-
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') in the type of both."""
         pays = features.shape[2] * features.shape[3] * self.weight.numel() >= FEWEST_PRODUCTS
         if not pays or self.weight[0].numel() > MOST_ADDENDS or not is_for_int8(features):
-            return self.in_floats(features)
+            return self.plainly(features)
         convolved = [self.of_picture(picture) for picture in features.split(1)]
         return convolved[0] if len(convolved) == 1 else torch.cat(convolved)
 
@@ -71,32 +45,25 @@ class Int8Conv2d(nn.Conv2d):
         low, high = (bound.item() for bound in flat(features).aminmax())
         low, high = min(low, 0.0), max(high, 0.0)  # the border is 0, which must be one of the values
         if not math.isfinite(high - low):
-            return self.in_floats(features)  # which carries it on
+            return self.plainly(features)  # which carries it on
         scale = max((high - low) / 254, SMALLEST)
         zero = math.ceil(-low / scale)  # so that with rounding, too, all lie in 0 ... 255
         return self.convolved(in_uint8(features, scale, zero), scale, zero, features.dtype)
 
     def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
         """Features (1, C, H, W) as `in_uint8` gives them to (1, O, H', W') of a type."""
-        bias, packed = None if self.bias is None else self.biases(), self.in_int8(integers)
-        given = (integers, scale, zero, packed.kernel, packed.scales, packed.zeros, bias)
+        bias = None if self.bias is None else self.biases()
+        given = (integers, scale, zero, *self.packed_for(integers), bias)
         return CONVOLVE(*given, *self.sizes(), 1.0, 0, dtype, "none", [], "")
 
-    def in_int8(self, integers: Tensor) -> Packed:
-        """The kernel in 8 bits, packed for such features; made anew where the weight has changed."""
-        if self.packed is None or not self.packed.is_of(self.weight):
-            kernel = self.kernel()
-            scales = (kernel.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
-            rounded = (kernel / scales[:, None, None, None]).round().to(torch.int8)
-            zeros = torch.zeros_like(scales, dtype=torch.int32)
-            packed = PACK(rounded, scales, 1.0, 1, *self.sizes(), integers.shape)  # for any zero: one that is not 0
-            version = None if self.weight.is_inference() else self.weight._version
-            self.packed = Packed(self.weight.detach(), version, packed, scales, zeros)
-        return self.packed
-
-    def in_floats(self, features: Tensor) -> Tensor:
-        """What it is without 8 bits."""
-        return super().forward(features)
+    def pack(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The kernel in 8 bits as oneDNN wants it for these integers, each channel's scale and what stands for 0."""
+        kernel = self.kernel()
+        scales = (kernel.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
+        rounded = (kernel / scales[:, None, None, None]).round().to(torch.int8)
+        zeros = torch.zeros_like(scales, dtype=torch.int32)
+        packed = PACK(rounded, scales, 1.0, 1, *self.sizes(), features.shape)  # for any zero: one that is not 0
+        return packed, scales, zeros
 
     def kernel(self) -> Tensor:
         """What the features are convolved with, float32 (O, C, k, k)."""
@@ -109,13 +76,6 @@ class Int8Conv2d(nn.Conv2d):
     def sizes(self) -> tuple[object, ...]:
         """What oneDNN is told of a convolution beside its kernel."""
         return self.stride, self.padding, self.dilation, self.groups
-
-    def _apply(self, *arguments: object, **options: object) -> Self:
-        self.packed = None  # it does not follow to another device or type
-        return super()._apply(*arguments, **options)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"packed": None}  # oneDNN's tensors are neither copied nor pickled
 
 
 def is_for_int8(features: Tensor) -> bool:

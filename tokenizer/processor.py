@@ -1,5 +1,8 @@
 """What the processor at hand multiplies faster than float32, and when an operator may do it that knows nothing else."""
 
+import platform
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -7,6 +10,16 @@ from torch.nn import Parameter
 
 # An older PyTorch tells nothing: then nothing is done in 8 bits, and bfloat16 is taken to be fast.
 CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def onednn_operator(namespace: str, name: str) -> Callable[..., Tensor] | None:
+    """What `torch.compile` puts in the place of a layer whose weights stay; no public function leads there.
+
+    None: this PyTorch has none, or nobody has measured it here.
+    """
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    return getattr(getattr(torch.ops, namespace), name, None)
 
 
 def multiplies_bfloat16() -> bool:

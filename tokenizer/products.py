@@ -4,20 +4,14 @@ PyTorch leaves them to MKL. oneDNN, which computes its convolutions, takes less 
 with vectors of 512 bits, and about as long where vectors have 256.
 """
 
-import platform
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .processor import numbers_alone
+from .processor import numbers_alone, onednn_operator
 
-# What `torch.compile` puts in the place of a frozen linear layer; no public function leads there. None: it is not here,
-# or nobody has measured it here.
-ONEDNN_LINEAR = None
-if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
-    ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+ONEDNN_LINEAR = onednn_operator("mkldnn", "_linear_pointwise")
 FEWEST_ROWS = 4  # of the left matrix: with fewer, MKL is done before oneDNN has begun
 FEWEST_PRODUCTS = 2**21  # of numbers, where gradients are wanted: with fewer, Python takes the time that oneDNN saves
 

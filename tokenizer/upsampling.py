@@ -5,26 +5,31 @@ beforehand. Shapes: B batch, C O channels in and out, H W sides.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
+from .winograd import EXACT, OF_KERNEL, OF_TILE, TO_PIXELS, Filtering, WinogradConv2d
+
+# A tile of pixels that stand twice, but for its border; of the numbers that are taken of it one is always 0.
+TWICE = torch.eye(4, **EXACT).repeat_interleave(torch.tensor([1, 2, 2, 1], device="cpu"), 0)
+OF_TWICE = OF_TILE @ TWICE
+TAKEN = OF_TWICE.any(1)
 
 
-class UpsampledConv2d(nn.Conv2d):
+class UpsampledConv2d(WinogradConv2d):
     """Doubles both sides, nearest neighbour, then a 3x3 convolution with padding 1."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
+    filtering = Filtering(OF_TWICE[TAKEN], OF_KERNEL[TAKEN], TO_PIXELS[:, TAKEN])
 
-    def forward(self, features: Tensor) -> Tensor:
+    def plainly(self, features: Tensor) -> Tensor:
         return upsampled(features, self.weight, self.bias)
 
 
 class Int8UpsampledConv2d(Int8Conv2d):
     """The same in 8 bits: four 2x2 kernels, one for each of the four pixels that come of one."""
 
-    def in_floats(self, features: Tensor) -> Tensor:
+    def plainly(self, features: Tensor) -> Tensor:
         return upsampled(features, self.weight, self.bias)
 
     def kernel(self) -> Tensor:

@@ -1,5 +1,6 @@
 """The network: its size as VQGAN, its shapes, and what its layout refuses; its arithmetic: test_diffusers_format.py."""
 
+import copy
 import math
 import weakref
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenizer import ImageTokenizer, TokenizerConfig
+from tokenizer import ImageTokenizer, TokenizerConfig, winograd
 from tokenizer.autoencoder import (
     PLAIN_POSITIONS,
     AttentionBlock,
@@ -22,6 +23,7 @@ from tokenizer.autoencoder import (
     attend,
 )
 from tokenizer.int8 import Int8Conv2d
+from tokenizer.winograd import WinogradConv2d
 
 TAMING_F16 = {
     "name": "convolutional",
@@ -207,6 +209,46 @@ def test_in_the_fast_mode_the_decoder_alone_convolves_in_8_bits():
     threefold = [id(layer.weight) for layer in before[1] if layer.kernel_size == (3, 3)]
     assert in_8_bits == threefold[1:-1]  # but at the ends
     assert autoencoder.state_dict().keys() == names
+
+
+def test_the_decoder_convolves_by_tiles_and_where_the_fast_mode_stays_in_float32_the_encoder_too(monkeypatch):
+    autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
+    monkeypatch.setattr("tokenizer.autoencoder.multiplies_int8", lambda dtype: False)
+    names, weights = autoencoder.state_dict().keys(), [*autoencoder.parameters()]
+
+    def those_by_tiles(network: nn.Module) -> list[str]:
+        return [name for name, layer in network.named_modules() if isinstance(layer, WinogradConv2d)]
+
+    threefold = [
+        [name for name, layer in network.named_modules() if getattr(layer, "kernel_size", None) == (3, 3)]
+        for network in (autoencoder.encoder, autoencoder.decoder)
+    ]
+    assert those_by_tiles(autoencoder.encoder) == []
+    assert those_by_tiles(autoencoder.decoder) == threefold[1][1:-1]  # but at the ends
+    autoencoder.fast(torch.float32)
+    assert those_by_tiles(autoencoder.encoder) == [name for name in threefold[0][1:-1] if "downsample" not in name]
+    assert those_by_tiles(autoencoder.decoder) == threefold[1][1:-1]
+    assert autoencoder.state_dict().keys() == names
+    assert [*map(id, autoencoder.parameters())] == [*map(id, weights)]
+
+
+@torch.no_grad()
+def test_what_goes_by_tiles_is_what_any_convolution_makes_of_it(monkeypatch):
+    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 0)
+    monkeypatch.setattr(winograd, "FEWEST_TILES", 0)
+    torch.manual_seed(0)
+    autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], norm_groups=8).eval()
+    for weight in autoencoder.parameters():
+        weight.copy_(0.3 * torch.randn_like(weight))
+    images = torch.rand(3, 3, 64, 32)
+    exact = copy.deepcopy(autoencoder).double()
+    latents = autoencoder.encoder(images)
+    pictures, expected = autoencoder.decoder(latents), exact.decoder(latents.double())
+    assert 0 < (pictures - expected).norm() < 1e-5 * expected.norm()
+    autoencoder.fast(torch.float32)
+    found, exactly = autoencoder.encoder(images), exact.encoder(images.double())
+    assert not torch.equal(found, latents)
+    assert (found - exactly).norm() < 1e-5 * exactly.norm()
 
 
 def test_norm_groups_0_builds_no_normalisation():

@@ -70,6 +70,7 @@ class WinogradConv2d(PackedConv2d):
             and not torch.is_grad_enabled()
             and numbers_alone(features, self.weight)  # before sizes: one that is looked at is not free in an export
             and features.dtype == self.weight.dtype == torch.float32
+            and not self.weight.is_inference()  # it would be packed at each call
             and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
             and features.shape[2] % step == features.shape[3] % step == 0
             and features.shape[2:].numel() >= FEWEST_TILES * step**2

@@ -1,5 +1,6 @@
 """Shared pieces of the tests: tiny real models and pictures."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8, winograd
+from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8, upsampling, winograd
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -131,8 +132,9 @@ def however_little():
     """Of one file of tests: what can be convolved in 8 bits or by tiles is, whether that pays or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "FEWEST_PRODUCTS", 0)
-        patch.setattr(winograd, "FEWEST_CHANNELS", 0)
-        patch.setattr(winograd, "FEWEST_TILES", 0)
+        patch.setattr(winograd, "MOST_COMPUTED", math.inf)
+        for kind in (winograd.WinogradConv2d, upsampling.UpsampledConv2d):
+            patch.setattr(kind, "fewest_channels", 0)
         yield
 
 

@@ -23,6 +23,7 @@ from tokenizer.autoencoder import (
     attend,
 )
 from tokenizer.int8 import Int8Conv2d
+from tokenizer.upsampling import UpsampledConv2d
 from tokenizer.winograd import WinogradConv2d
 
 TAMING_F16 = {
@@ -234,8 +235,9 @@ def test_the_decoder_convolves_by_tiles_and_where_the_fast_mode_stays_in_float32
 
 @torch.no_grad()
 def test_what_goes_by_tiles_is_what_any_convolution_makes_of_it(monkeypatch):
-    monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 0)
-    monkeypatch.setattr(winograd, "FEWEST_TILES", 0)
+    monkeypatch.setattr(winograd, "MOST_COMPUTED", math.inf)
+    for kind in (WinogradConv2d, UpsampledConv2d):
+        monkeypatch.setattr(kind, "fewest_channels", 0)
     torch.manual_seed(0)
     autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], norm_groups=8).eval()
     for weight in autoencoder.parameters():

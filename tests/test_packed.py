@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tokenizer import int8, winograd
-from tokenizer.int8 import Int8Conv2d, is_for_int8
+from tokenizer.int8 import Int8Conv2d, convolves_int8
 from tokenizer.packed import PackedConv2d
 from tokenizer.upsampling import Int8UpsampledConv2d, UpsampledConv2d
 from tokenizer.winograd import WinogradConv2d
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("however_little")
 @pytest.fixture(params=[Int8Conv2d, Int8UpsampledConv2d, WinogradConv2d, UpsampledConv2d])
 def kind(request) -> type[PackedConv2d]:
     """One that can be had on this processor."""
-    with torch.no_grad():
-        here = is_for_int8(torch.zeros(1)) if issubclass(request.param, Int8Conv2d) else winograd.CONVOLVE is not None
+    by_tiles = issubclass(request.param, WinogradConv2d)
+    here = winograd.CONVOLVE is not None if by_tiles else convolves_int8(torch.float32)
     if not here:
         pytest.skip("no operator for it on this processor")
     return request.param
@@ -71,12 +72,67 @@ def test_weights_that_change_are_taken_as_they_are(kind, convolution, features):
     assert not torch.equal(before, expected)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.copy_(-weight),
+        lambda weight: weight.data.flatten(1)[0, 0].add_(0.5),
+        lambda weight: weight.numpy().__imul__(2),
+        lambda weight: torch.optim.AdamW([weight], lr=0.1, fused=True).step(),
+    ],
+    ids=["copied", "one number", "in numpy", "a fused optimizer"],
+)
+def test_changes_that_pytorch_does_not_count_are_seen_too(kind, convolution, features, change):
+    with torch.no_grad():
+        before = convolution(features)
+        convolution.weight.grad = torch.ones_like(convolution.weight)
+        change(convolution.weight)
+        found = convolution(features)
+        assert torch.equal(found, kind(convolution)(features))
+    assert not torch.equal(found, before)
+
+
 def test_weights_of_inference_mode_are_taken_as_they_are_too(kind):
     with torch.inference_mode():
         others, features, convolution = plain_convolution(), torch.randn(1, 4, 8, 8), kind(plain_convolution())
         torch.testing.assert_close(convolution(features), convolution.plainly(features), rtol=0, atol=0.05)
+        assert convolution.packed is not None
         convolution.load_state_dict(others.state_dict())
         assert torch.equal(convolution(features), kind(others)(features))
+
+
+@torch.no_grad()
+def test_a_weight_that_does_not_change_is_packed_once(convolution, features, monkeypatch):
+    expected = convolution(features)
+    monkeypatch.setattr(type(convolution), "pack", None)
+    assert torch.equal(convolution(features), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+@torch.no_grad()
+def test_weights_that_are_computed_and_tangents_of_parameters_meet_any_convolution(convolution, features):
+    for name in ("weight", "bias"):
+        parameter = getattr(convolution, name)
+        with (
+            forward_ad.dual_level(),
+            torch.nn.utils.stateless._reparametrize_module(
+                convolution, {name: forward_ad.make_dual(parameter, torch.ones_like(parameter))}
+            ),
+        ):
+            assert forward_ad.unpack_dual(convolution(features)).tangent is not None
+    nn.utils.parametrizations.weight_norm(convolution)
+    assert torch.equal(convolution(features), convolution.plainly(features))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_trains_or_not_as_the_convolution_that_it_was(kind, training):
+    assert kind(plain_convolution().train(training)).training == training
+
+
+@pytest.mark.parametrize("other", [{"dilation": 2}, {"groups": 2}, {"padding_mode": "reflect"}])
+def test_a_convolution_of_another_kind_is_refused(kind, other):
+    with pytest.raises(ValueError, match="must be without dilation and groups, with zeros around it"):
+        kind(nn.Conv2d(4, 4, 3, padding=1, **other))
 
 
 @torch.no_grad()

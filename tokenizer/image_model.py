@@ -22,7 +22,7 @@ from .pretrained import PretrainedModel
 from .processor import multiplies_bfloat16, multiplies_int8
 from .rounding import by_parts, laid_out
 from .tiles import Tiles, checked_tiles
-from .winograd import FEWEST_CHANNELS
+from .winograd import WinogradConv2d
 
 
 class ImageModel(PretrainedModel):
@@ -143,8 +143,8 @@ class ImageModel(PretrainedModel):
         in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
         if not in_bfloat16 and not multiplies_int8(torch.float32):
             warn(
-                f"fast() leaves convolutions of fewer than {FEWEST_CHANNELS} channels as they are on this processor, "
-                f"which has no products in bfloat16 or 8 bits",
+                "on this processor, without products in bfloat16 or 8 bits, fast() changes convolutions of "
+                f"{WinogradConv2d.fewest_channels} channels and more in the encoder alone",
                 stacklevel=2,
             )
         self.autoencoder.fast(torch.bfloat16 if in_bfloat16 else torch.float32)

@@ -8,13 +8,14 @@ sides.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from .packed import PackedConv2d
-from .processor import multiplies_int8, numbers_alone, onednn_operator
+from .processor import multiplies_int8, onednn_operator
 
 PACK = onednn_operator("onednn", "qconv_prepack")
 CONVOLVE = onednn_operator("onednn", "qconv2d_pointwise")
@@ -34,7 +35,8 @@ class Int8Conv2d(PackedConv2d):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') in the type of both."""
         pays = features.shape[2] * features.shape[3] * self.weight.numel() >= FEWEST_PRODUCTS
-        if not pays or self.weight[0].numel() > MOST_ADDENDS or not is_for_int8(features):
+        fits = self.weight[0].numel() <= MOST_ADDENDS
+        if not (pays and fits and self.is_for_numbers(features) and convolves_int8(features.dtype)):
             return self.plainly(features)
         convolved = [self.of_picture(picture) for picture in features.split(1)]
         return convolved[0] if len(convolved) == 1 else torch.cat(convolved)
@@ -53,16 +55,16 @@ class Int8Conv2d(PackedConv2d):
     def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
         """Features (1, C, H, W) as `in_uint8` gives them to (1, O, H', W') of a type."""
         bias = None if self.bias is None else self.biases()
-        given = (integers, scale, zero, *self.packed_for(integers), bias)
+        given = (integers, scale, zero, *self.packed_for(integers.shape), bias)
         return CONVOLVE(*given, *self.sizes(), 1.0, 0, dtype, "none", [], "")
 
-    def pack(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The kernel in 8 bits as oneDNN wants it for these integers, each channel's scale and what stands for 0."""
+    def pack(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """The kernel as oneDNN wants it for integers of this size, each channel's scale and what stands for 0."""
         kernel = self.kernel()
         scales = (kernel.abs().amax((1, 2, 3)) / 127).clamp_min(SMALLEST)
         rounded = (kernel / scales[:, None, None, None]).round().to(torch.int8)
         zeros = torch.zeros_like(scales, dtype=torch.int32)
-        packed = PACK(rounded, scales, 1.0, 1, *self.sizes(), features.shape)  # for any zero: one that is not 0
+        packed = PACK(rounded, scales, 1.0, 1, *self.sizes(), size)  # for any zero: one that is not 0
         return packed, scales, zeros
 
     def kernel(self) -> Tensor:
@@ -78,15 +80,9 @@ class Int8Conv2d(PackedConv2d):
         return self.stride, self.padding, self.dilation, self.groups
 
 
-def is_for_int8(features: Tensor) -> bool:
-    """Whether oneDNN is to convolve these in 8 bits, which has no gradient."""
-    return (
-        None not in (PACK, CONVOLVE)
-        and not torch.is_grad_enabled()
-        and multiplies_int8(features.dtype)
-        and numbers_alone(features)
-        and sums_are_exact()
-    )
+def convolves_int8(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves features of this type in 8 bits here."""
+    return None not in (PACK, CONVOLVE) and multiplies_int8(dtype) and sums_are_exact()
 
 
 @cache

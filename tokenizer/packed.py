@@ -3,23 +3,13 @@
 Shapes: B batch, C O channels in and out, H W sides, k kernel sides.
 """
 
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
-
-class Packed(NamedTuple):
-    """What was made of a weight (O, C, k, k)."""
-
-    source: Tensor  # the weight
-    version: int | None  # how often that had changed
-    made: tuple[Tensor, ...]
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight, unchanged since; a change through `weight.data` in place is not seen."""
-        if weight.is_inference():  # whose changes are not counted
-            return False
-        return self.source.data_ptr() == weight.data_ptr() and self.version == weight._version
+from .processor import numbers_alone
 
 
 class PackedConv2d(nn.Conv2d):
@@ -28,23 +18,32 @@ class PackedConv2d(nn.Conv2d):
     def __init__(self, convolution: nn.Conv2d):
         sizes = (convolution.in_channels, convolution.out_channels, convolution.kernel_size)
         super().__init__(*sizes, stride=convolution.stride, padding=convolution.padding, device="meta")
+        if (convolution.dilation, convolution.groups, convolution.padding_mode) != ((1, 1), 1, "zeros"):
+            raise ValueError(f"{convolution} must be without dilation and groups, with zeros around it")
         self.weight, self.bias = convolution.weight, convolution.bias
-        self.packed: Packed | None = None
+        self.packed: tuple[Tensor, ...] | None = None
+        self.packed_of: list[object] | None = None  # the `state_of` the weight
         self.train(convolution.training)
+
+    def is_for_numbers(self, features: Tensor) -> bool:
+        """Whether an operator that has no gradient and knows plain tensors alone may take features and parameters."""
+        known = isinstance(self.weight, nn.Parameter)  # one that is computed would be packed at each call
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return known and not torch.is_grad_enabled() and numbers_alone(features, *parameters)
 
     def plainly(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') as any convolution."""
         return super().forward(features)
 
-    def packed_for(self, features: Tensor) -> tuple[Tensor, ...]:
-        """What `pack` makes of the weight for such features; made anew where the weight has changed."""
-        if self.packed is None or not self.packed.is_of(self.weight):
-            version = None if self.weight.is_inference() else self.weight._version
-            self.packed = Packed(self.weight.detach(), version, self.pack(features))
-        return self.packed.made
+    def packed_for(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """What `pack` makes of the weight; made anew where that has changed."""
+        state = state_of(self.weight)
+        if self.packed is None or self.packed_of != state:
+            self.packed, self.packed_of = self.pack(size), state
+        return self.packed
 
-    def pack(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Other forms of the weight, for features of this shape."""
+    def pack(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """Other forms of the weight, for features of this size."""
         raise NotImplementedError
 
     def _apply(self, *arguments: object, **options: object) -> Self:
@@ -53,3 +52,12 @@ class PackedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"packed": None}  # oneDNN's tensors are neither copied nor pickled
+
+
+def state_of(weight: Tensor) -> list[object]:
+    """Where it lies, how often PyTorch counts that it was changed, and the sum of each output channel.
+
+    For not everything is counted: `.data`, NumPy and fused optimizers are not, nor what happens in inference mode.
+    """
+    version = None if weight.is_inference() else weight._version
+    return [weight.data_ptr(), version, *weight.sum((1, 2, 3), dtype=torch.float32).tolist()]

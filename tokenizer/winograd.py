@@ -2,23 +2,27 @@
 
 A picture is cut into tiles that overlap. Of each tile n x n numbers a channel are taken, linear in its pixels, and as
 many of the kernel; their products, summed over the channels, give 4 x 4 pixels of the result, linear again. With n = 6
-these are 36 products for 144. Source: Lavin and Gray 2015, arXiv:1509.09308, section 4.3, F(4x4, 3x3). Departure: both
-axes at once, by the Kronecker product of a matrix with itself. Shapes: B batch, C O channels in and out, H W sides, t
-tiles, s their side.
+these are 36 products for 144. They are off by three times as much as plain sums, some 4e-6 of the result. Source: Lavin
+and Gray 2015, arXiv:1509.09308, section 4.3, F(4x4, 3x3). Shapes: B batch, C O channels in and out, H W sides, s side
+of a tile.
 """
 
+import math
+from collections.abc import Sequence
+from itertools import product
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .packed import PackedConv2d
-from .processor import numbers_alone, onednn_operator
+from .processor import onednn_operator
 
 PACK = onednn_operator("mkldnn", "_reorder_convolution_weight")
 CONVOLVE = onednn_operator("mkldnn", "_convolution_pointwise")
-FEWEST_CHANNELS = 128  # in and out: with fewer, taking the numbers costs what the products save
-FEWEST_TILES = 64  # of a picture: with fewer, reading the kernel's numbers takes longer than the products
-TILES_AT_ONCE = 64  # so that their numbers stay in the processor's cache, and those of the kernel are read seldom
+TILES = 64  # of a block: their numbers stay in the processor's cache, and those of the kernel are read seldom
+HEIGHTS = (8, 4, 16, 2, 32, 1, 64)  # of a block, in tiles; the first of those that need the fewest blocks
+MOST_COMPUTED = 1.15  # for each pixel that is asked for: blocks reach beyond a picture
 PIXELS = 4  # of a side of what comes of a tile
 
 # A row of a tile, a row of a kernel and their product as polynomials, at 0, 1, -1, 2, -2 and infinity: equation 15.
@@ -36,7 +40,6 @@ OF_TILE = torch.tensor(
 )
 OF_KERNEL = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], **EXACT) / 24
 TO_PIXELS = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], **EXACT)
-AT_ONE = 1  # which of a row's numbers goes to each of its pixels once
 
 
 class Filtering:
@@ -46,79 +49,98 @@ class Filtering:
         self.numbers, self.side = of_tile.shape
         self.step = self.side - 2  # from one tile to the next: a kernel reaches one pixel beyond on both sides
         self.of_kernel = of_kernel
-        self.of_tile = torch.kron(of_tile, of_tile).float()  # (n * n, s * s)
-        self.to_pixels = torch.kron(to_pixels, to_pixels).float()  # (16, n * n)
+        self.of_tile, self.to_pixels = of_tile.float(), to_pixels.float()
 
 
 class WinogradConv2d(PackedConv2d):
     """A 3x3 convolution with padding 1 and the parameters of another, by tiles where that can be and pays.
 
-    For these it holds what is taken of its kernel, four times the size of its weight.
+    For these it holds what is taken of its kernel, n * n numbers for nine weights.
     """
 
     filtering = Filtering(OF_TILE, OF_KERNEL, TO_PIXELS)
+    fewest_channels = 128  # in and out: with fewer, taking the numbers costs what the products save
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__(convolution)
+        if (self.kernel_size, self.stride, self.padding) != ((3, 3), (1, 1), (1, 1)):
+            raise ValueError(f"{convolution} must be 3x3 with stride 1 and padding 1")
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W')."""
         return self.by_tiles(features) if self.is_for_tiles(features) else self.plainly(features)
 
     def is_for_tiles(self, features: Tensor) -> bool:
-        """Whether oneDNN is to multiply numbers of tiles, which has no gradient."""
-        step = self.filtering.step
-        return (
-            None not in (PACK, CONVOLVE)
-            and not torch.is_grad_enabled()
-            and numbers_alone(features, self.weight)  # before sizes: one that is looked at is not free in an export
-            and features.dtype == self.weight.dtype == torch.float32
-            and not self.weight.is_inference()  # it would be packed at each call
-            and min(self.in_channels, self.out_channels) >= FEWEST_CHANNELS
-            and features.shape[2] % step == features.shape[3] % step == 0
-            and features.shape[2:].numel() >= FEWEST_TILES * step**2
-        )
+        """Whether oneDNN is to multiply numbers of tiles."""
+        if None in (PACK, CONVOLVE) or not self.is_for_numbers(features):
+            return False
+        if not features.dtype == self.weight.dtype == torch.float32:
+            return False
+        down, across, _, _ = self.blocks_of(features)
+        computed, asked = down * across * TILES * self.filtering.step**2, features.shape[2:].numel()
+        return min(self.in_channels, self.out_channels) >= self.fewest_channels and computed <= MOST_COMPUTED * asked
+
+    def blocks_of(self, features: Tensor) -> tuple[int, int, int, int]:
+        """A picture is cut into so many blocks, one below another and side by side, of so many tiles each way."""
+        tall, wide = (math.ceil(side / self.filtering.step) for side in features.shape[2:])
+        cuts = [(math.ceil(tall / down), math.ceil(wide * down / TILES), down, TILES // down) for down in HEIGHTS]
+        return min(cuts, key=lambda cut: cut[0] * cut[1])
 
     def by_tiles(self, features: Tensor) -> Tensor:
-        """Features (B, C, H, W), multiples of the step, to (B, O, H', W'), channels last and one picture at a time."""
-        down, across = (side // self.filtering.step for side in features.shape[2:])
-        pixels = features.new_empty(len(features), down, PIXELS, across, PIXELS, self.out_channels)
-        at_once = max(1, TILES_AT_ONCE // across)
+        """Features (B, C, H, W) to (B, O, H', W') in channels last, block by block."""
+        down, across, height, width = self.blocks_of(features)
+        step = self.filtering.step
+        tall, wide = height * step, width * step
+        pixels = features.new_empty(len(features), down, height, PIXELS, across, width, PIXELS, self.out_channels)
+        (kernel,) = self.packed_for(features.shape)
         for picture, into in zip(features.permute(0, 2, 3, 1), pixels, strict=True):
-            for first in range(0, down, at_once):
-                rows = into[first : first + at_once]
-                rows.copy_(self.rows_of_tiles(picture, first, len(rows)))
-        return pixels.view(len(features), down * PIXELS, across * PIXELS, -1).permute(0, 3, 1, 2)
+            for row, column in product(range(down), range(across)):
+                block = cut_out(picture, row * tall - 1, column * wide - 1, tall + 2, wide + 2)
+                into[row, :, :, column] = self.of_tiles(block, kernel).transpose(1, 2)
+        pixels = pixels.flatten(4, 6).flatten(1, 3)  # (B, H', W', O), and what lies beyond
+        asked = [side * PIXELS // step for side in features.shape[2:]]
+        pixels = pixels[:, : asked[0], : asked[1]].permute(0, 3, 1, 2)
+        return pixels.contiguous(memory_format=torch.channels_last)
 
-    def rows_of_tiles(self, picture: Tensor, first: int, count: int) -> Tensor:
-        """Of a picture (H, W, C) what comes of `count` rows of tiles: (count, 4, tiles of a row, 4, O)."""
-        filtering = self.filtering
-        top, bottom = filtering.step * first - 1, filtering.step * (first + count) + 1
-        beyond = (0, 0, 1, 1, int(top < 0), int(bottom > len(picture)))
-        lines = F.pad(picture[max(0, top) : bottom], beyond)
-        tiles = lines.unfold(0, filtering.side, filtering.step).unfold(1, filtering.side, filtering.step)
-        tiles = tiles.permute(0, 1, 3, 4, 2).flatten(2, 3).flatten(0, 1)  # (t, s * s, C)
-        pixels = filtering.to_pixels @ self.products(filtering.of_tile @ tiles)
-        return pixels.view(count, -1, PIXELS, PIXELS, self.out_channels).transpose(1, 2)
+    def of_tiles(self, block: Tensor, kernel: Tensor) -> Tensor:
+        """A block and the pixels around it (H, W, C) to what comes of its tiles, (down, across, 4, 4, O)."""
+        side, step, numbers = self.filtering.side, self.filtering.step, self.filtering.numbers
+        columns = block.unfold(1, side, step).transpose(2, 3)  # (H, across, s, C)
+        columns = (self.filtering.of_tile @ columns).flatten(2)  # (H, across, n * C)
+        rows = columns.unfold(0, side, step).transpose(2, 3)  # (down, across, s, n * C)
+        products = self.products((self.filtering.of_tile @ rows).view(TILES, numbers**2, self.in_channels), kernel)
+        rows = self.filtering.to_pixels @ products.view(*rows.shape[:2], numbers, -1)  # (down, across, 4, n * O)
+        return self.filtering.to_pixels @ rows.unflatten(3, (numbers, self.out_channels))
 
-    def products(self, of_tiles: Tensor) -> Tensor:
-        """Numbers (t, n * n, C) by those of the kernel, summed over channels: (t, n * n, O).
+    def products(self, of_tiles: Tensor, kernel: Tensor) -> Tensor:
+        """Numbers (TILES, n * n, C) by those of the kernel, summed over channels: (TILES, n * n, O).
 
         As a 1x1 convolution in groups, which oneDNN does at the rate of large products; MKL, to which PyTorch leaves
         products of many matrices, takes twice as long on some processors.
         """
-        tiles, groups, _ = of_tiles.shape
+        groups = of_tiles.shape[1]
         biases = of_tiles.new_zeros(groups, self.out_channels)
         if self.bias is not None:
-            biases[AT_ONE * self.filtering.numbers + AT_ONE] = self.bias
-        row = of_tiles.view(1, 1, tiles, -1).permute(0, 3, 1, 2)  # a row of places, channels last
-        summed = CONVOLVE(row, *self.packed_for(row), biases.flatten(), *sizes(groups), "none", [], "")
-        return summed.permute(0, 2, 3, 1).view(tiles, groups, -1)
+            biases[self.filtering.numbers + 1] = self.bias  # the number at 1 of both axes goes to each pixel, once
+        row = of_tiles.view(1, 1, TILES, -1).permute(0, 3, 1, 2)  # of places, channels last
+        summed = CONVOLVE(row, kernel, biases.flatten(), *sizes(groups), "none", [], "")
+        return summed.permute(0, 2, 3, 1).reshape(TILES, groups, self.out_channels)
 
-    def pack(self, features: Tensor) -> tuple[Tensor, ...]:
-        """The kernel's numbers (n * n * O, C, 1, 1), as oneDNN wants them for a row of TILES_AT_ONCE places."""
+    def pack(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """The kernel's numbers (n * n * O, C, 1, 1), as oneDNN wants them for TILES places."""
         of_kernel = self.filtering.of_kernel
         numbers = torch.einsum("ia,ocab,jb->ijoc", of_kernel, self.weight.double(), of_kernel).float()
         groups = len(of_kernel) ** 2
         kernel = numbers.flatten(0, 2)[:, :, None, None]
-        return (PACK(kernel, *sizes(groups), [1, groups * self.in_channels, 1, TILES_AT_ONCE]),)
+        return (PACK(kernel, *sizes(groups), [1, groups * self.in_channels, 1, TILES]),)
+
+
+def cut_out(picture: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """Pixels (height, width, C) of a picture (H, W, C), which begins at 0, 0; zeros where it has none."""
+    part = picture[max(0, top) : top + height, max(0, left) : left + width]
+    above, before = max(0, -top), max(0, -left)
+    below, after = height - above - part.shape[0], width - before - part.shape[1]
+    return F.pad(part, (0, 0, before, after, above, below))
 
 
 def sizes(groups: int) -> tuple[object, ...]:

@@ -212,25 +212,13 @@ def test_in_the_fast_mode_the_decoder_alone_convolves_in_8_bits():
     assert autoencoder.state_dict().keys() == names
 
 
-def test_the_decoder_convolves_by_tiles_and_where_the_fast_mode_stays_in_float32_the_encoder_too(monkeypatch):
+def test_where_the_fast_mode_has_no_8_bits_the_decoder_convolves_by_tiles_as_before(monkeypatch):
     autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
     monkeypatch.setattr("tokenizer.autoencoder.multiplies_int8", lambda dtype: False)
-    names, weights = autoencoder.state_dict().keys(), [*autoencoder.parameters()]
-
-    def those_by_tiles(network: nn.Module) -> list[str]:
-        return [name for name, layer in network.named_modules() if isinstance(layer, WinogradConv2d)]
-
-    threefold = [
-        [name for name, layer in network.named_modules() if getattr(layer, "kernel_size", None) == (3, 3)]
-        for network in (autoencoder.encoder, autoencoder.decoder)
-    ]
-    assert those_by_tiles(autoencoder.encoder) == []
-    assert those_by_tiles(autoencoder.decoder) == threefold[1][1:-1]  # but at the ends
+    before = [type(layer) for layer in autoencoder.modules()]
     autoencoder.fast(torch.float32)
-    assert those_by_tiles(autoencoder.encoder) == [name for name in threefold[0][1:-1] if "downsample" not in name]
-    assert those_by_tiles(autoencoder.decoder) == threefold[1][1:-1]
-    assert autoencoder.state_dict().keys() == names
-    assert [*map(id, autoencoder.parameters())] == [*map(id, weights)]
+    assert [type(layer) for layer in autoencoder.modules()] == before
+    assert {WinogradConv2d, UpsampledConv2d} <= set(before)
 
 
 @torch.no_grad()
@@ -247,10 +235,7 @@ def test_what_goes_by_tiles_is_what_any_convolution_makes_of_it(monkeypatch):
     latents = autoencoder.encoder(images)
     pictures, expected = autoencoder.decoder(latents), exact.decoder(latents.double())
     assert 0 < (pictures - expected).norm() < 1e-5 * expected.norm()
-    autoencoder.fast(torch.float32)
-    found, exactly = autoencoder.encoder(images), exact.encoder(images.double())
-    assert not torch.equal(found, latents)
-    assert (found - exactly).norm() < 1e-5 * exactly.norm()
+    assert 0 < (latents - exact.encoder(images.double())).norm() < 1e-5 * latents.norm()
 
 
 def test_norm_groups_0_builds_no_normalisation():

@@ -30,7 +30,7 @@ from speed_search import SearchRun
 from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
 
-from tokenizer import ImageTokenizer, int8
+from tokenizer import ImageTokenizer, int8, winograd
 from tokenizer.products import product
 from train.config import UserError, parse
 from train.token_store import TokenStore
@@ -218,8 +218,14 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
     with torch.no_grad():
         convolution(pictures)  # its kernel is made
         work = floors.work_of(lambda: convolution(pictures))
-        kind = torch.uint8 if int8.is_for_int8(pictures) else torch.float32
-    assert work.operations == {kind: 2 * 6 * 9 * 8 * 9}
+        kind = torch.uint8 if int8.convolves_int8(torch.float32) else torch.float32
+        assert work.operations == {kind: 2 * 6 * 9 * 8 * 9}
+        if winograd.CONVOLVE is not None:
+            by_tiles = winograd.WinogradConv2d(torch.nn.Conv2d(6, 8, 3, padding=1)).by_tiles
+            by_tiles(torch.randn(1, 6, 32, 32))  # once for its kernel
+            work, transformed = floors.work_of(lambda: by_tiles(torch.randn(1, 6, 32, 32))), 34 * 8 * 36 + 64 * 36 * 6
+            back = 64 * (4 * 6 * 6 + 4 * 4 * 6)
+            assert work.operations == {torch.float32: 2 * (64 * 36 * 6 * 8 + transformed * 6 + back * 8)}
     layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
     assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient

@@ -12,7 +12,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +128,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float):
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = WinogradConv2d(nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = WinogradConv2d(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
         # Each block starts as its shortcut (as in Goyal et al. 2017, arXiv:1706.02677, section 5.1), which lets a
         # network without norms train; the default run gains about 1 dB.
@@ -151,10 +150,6 @@ class ResidualBlock(nn.Module):
         """Compute in this type from the first convolution to the second; what is added to remains as it comes."""
         for layer in (self.conv1, self.norm2, self.conv2):
             layer.to(dtype)
-
-    def by_winograd(self) -> None:
-        """Convolve 3x3 with fewer products where that can be had."""
-        self.conv1, self.conv2 = WinogradConv2d(self.conv1), WinogradConv2d(self.conv2)
 
     def in_int8(self) -> None:
         """Convolve 3x3 in 8 bits where that can be had."""
@@ -319,31 +314,22 @@ class ConvolutionalAutoencoder(nn.Module):
         decoder["head"] = OutputHead(channels, patch_channels, norm_groups)
         decoder["unpatchify"] = nn.PixelShuffle(patch_size)
         self.decoder = Decoder(OrderedDict(decoder))
-        for block in layers_of(self.decoder, ResidualBlock):
-            block.by_winograd()
 
     def fast(self, dtype: torch.dtype) -> None:
         """Compute in this type: the decoder as a whole, of the encoder the branches of its residual blocks.
 
         What the encoder's branches are added to stays as it is, and the layers at its ends and between its levels do:
-        rounding there moves most of the tokens that bfloat16 moves. In float32 the branches convolve with fewer
-        products. From the decoder no token follows: its blocks and what lies between its levels convolve in 8 bits,
-        where a CPU has products of them.
+        rounding there moves most of the tokens that bfloat16 moves. From the decoder no token follows: its blocks and
+        what lies between its levels convolve in 8 bits, where a CPU has products of them.
         """
-        for block in layers_of(self.encoder, ResidualBlock):
-            if dtype == torch.float32:
-                block.by_winograd()
-            else:
-                block.branch_to(dtype)
+        for layer in self.encoder.modules():
+            if isinstance(layer, ResidualBlock):
+                layer.branch_to(dtype)
         self.decoder.to(dtype)
-        if multiplies_int8(dtype):
-            for layer in layers_of(self.decoder, ResidualBlock, Upsample):
-                layer.in_int8()
-
-
-def layers_of(network: nn.Module, *kinds: type[nn.Module]) -> list[Any]:
-    """Those of these kinds, to be changed while nothing goes through them one by one."""
-    return [layer for layer in network.modules() if isinstance(layer, kinds)]
+        if multiplies_int8(dtype):  # else what it has multiplies less in float32
+            for layer in list(self.decoder.modules()):
+                if isinstance(layer, (ResidualBlock, Upsample)):
+                    layer.in_int8()
 
 
 def check_counts(**counts: int) -> None:

@@ -22,7 +22,6 @@ from .pretrained import PretrainedModel
 from .processor import multiplies_bfloat16, multiplies_int8
 from .rounding import by_parts, laid_out
 from .tiles import Tiles, checked_tiles
-from .winograd import WinogradConv2d
 
 
 class ImageModel(PretrainedModel):
@@ -134,19 +133,14 @@ class ImageModel(PretrainedModel):
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster where it is, and moves hardly a token.
 
-        It encodes in bfloat16 where that shows least, and decodes in it; its weights are rounded so, and the
-        fingerprint is another. On a CPU of the x86 family that has no products in bfloat16 it stays in float32, and
-        where the encoder is wide, it multiplies less, as every decoder does. A CPU with dot products of 8 bits
-        convolves in these in the decoder, without gradients and where a picture has work enough, for which the kernels
-        are held a second time. The README (Speed) says what changes.
+        It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU of the x86 family that
+        has no products in bfloat16; its weights are rounded so, and the fingerprint is another. A CPU with dot products
+        of 8 bits convolves in these in the decoder, without gradients and where a picture has work enough, for which
+        the kernels are held a second time. The README (Speed) says what changes.
         """
         in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
         if not in_bfloat16 and not multiplies_int8(torch.float32):
-            warn(
-                "on this processor, without products in bfloat16 or 8 bits, fast() changes convolutions of "
-                f"{WinogradConv2d.fewest_channels} channels and more in the encoder alone",
-                stacklevel=2,
-            )
+            warn("fast() changes nothing on this processor, without products in bfloat16 or 8 bits", stacklevel=2)
         self.autoencoder.fast(torch.bfloat16 if in_bfloat16 else torch.float32)
         return self
 

@@ -64,8 +64,8 @@ def agreement_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             "parameters": f"{row['parameters'] / 1e6:.1f}M",
             "codes": f"{row['codes']:,}",
             "photographs": f"{row['images']} of {result['settings']['image_size']} px",
-            "tokens that agree: fast, bfloat16 throughout": ", ".join(
-                f"{row[name]['tokens_that_agree']:.2%}" for name in ("fast", "bfloat16")
+            "tokens that agree: fast, bfloat16 throughout, float64": ", ".join(
+                f"{row[name]['tokens_that_agree']:.2%}" for name in ("fast", "bfloat16", "float64")
             ),
             "pixels of the same tokens differ by: fast, bfloat16 (levels of 256)": ", ".join(
                 f"{row[name]['difference_of_pixels']:.2f}" for name in ("fast", "bfloat16")

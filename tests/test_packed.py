@@ -77,13 +77,16 @@ def test_weights_that_change_are_taken_as_they_are(kind, convolution, features):
     [
         lambda weight: weight.data.copy_(-weight),
         lambda weight: weight.data.flatten(1)[0, 0].add_(0.5),
+        lambda weight: weight.data.copy_(weight.flip(3)),
+        lambda weight: weight.data.copy_(weight[:, [1, 0, 2, 3]]),
         lambda weight: weight.numpy().__imul__(2),
         lambda weight: torch.optim.AdamW([weight], lr=0.1, fused=True).step(),
     ],
-    ids=["copied", "one number", "in numpy", "a fused optimizer"],
+    ids=["copied", "one number", "turned over", "exchanged", "in numpy", "a fused optimizer"],
 )
 def test_changes_that_pytorch_does_not_count_are_seen_too(kind, convolution, features, change):
     with torch.no_grad():
+        convolution.weight.copy_(torch.randint(-8, 8, convolution.weight.shape))  # whose sums are exact in any order
         before = convolution(features)
         convolution.weight.grad = torch.ones_like(convolution.weight)
         change(convolution.weight)

@@ -32,3 +32,11 @@ def test_this_pytorch_tells_what_is_asked_for():
     """Of a processor of the x86 family, where a name that changed would go unnoticed."""
     known = processor.CAPABILITIES
     assert known.get("architecture") != "x86_64" or OLD.keys() <= known.keys()
+
+
+@pytest.mark.parametrize(("machine", "known"), [("x86_64", True), ("AMD64", True), ("aarch64", False)])
+def test_operators_of_the_compiler_are_taken_where_somebody_has_measured_them(machine, known, monkeypatch):
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
+    here = known and torch.backends.mkldnn.is_available()
+    assert (processor.onednn_operator("mkldnn", "_linear_pointwise") is not None) == here
+    assert processor.onednn_operator("mkldnn", "no_such_operator") is None

@@ -89,9 +89,10 @@ def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(token
     written = recorded(tmp_path, "speed_agreement")
     (row,) = written["rows"]
     assert (row["tokenizer"], row["images"], row["tokens"]) == ("tiny", 3, 3 * 8 * 8)
-    for mode in ("fast", "bfloat16"):
+    for mode in ("fast", "bfloat16", "float64"):
         assert 0.5 < row[mode]["tokens_that_agree"] <= 1
         assert 0 < row[mode]["difference_of_pixels"] < 10
+    assert row["float64"]["difference_of_pixels"] < 1e-3 < row["bfloat16"]["difference_of_pixels"]
     assert 0 < row["difference_from_photographs"] < 255
     assert tables.markdown(speed_tables.agreement_rows(written)).count("\n") == 2
 

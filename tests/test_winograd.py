@@ -67,19 +67,42 @@ def test_wide_convolutions_of_large_pictures_go_by_tiles(kind):
     assert 0 < of_any < of_tiles < 1e-5 * found.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "fewest"), [(WinogradConv2d, 128), (UpsampledConv2d, 192)])
 @torch.no_grad()
-def test_what_is_narrow_of_another_type_or_would_leave_its_blocks_half_empty_is_left_to_any_convolution(kind):
-    fewest, step = kind.fewest_channels, kind.filtering.step
+def test_what_is_narrow_of_another_type_or_would_leave_its_blocks_half_empty_is_left_to_any_convolution(kind, fewest):
+    step = kind.filtering.step
     features = torch.zeros(1, fewest, 8 * step, 16 * step)
     wide = kind(convolution_of(fewest, fewest))
     assert wide.is_for_tiles(features)
     assert wide.is_for_tiles(features[..., 1:])
     assert not wide.is_for_tiles(features[..., : 10 * step])
+    assert not wide.is_for_tiles(features[:0])
+    assert not wide.is_for_tiles(features[0])
+    assert not wide.is_for_tiles(features[:, 1:])
     assert not wide.is_for_tiles(features.double())
     assert not kind(convolution_of(fewest - 1, fewest)).is_for_tiles(features[:, 1:])
     assert not kind(convolution_of(fewest, fewest - 1)).is_for_tiles(features)
     assert not wide.double().is_for_tiles(features)
+
+
+@torch.no_grad()
+def test_on_several_threads_it_is_any_convolution():
+    """Which has one section in parallel, by tiles it would have hundreds: they wait where the cores are busy."""
+    wide, features = WinogradConv2d(convolution_of(128, 128)), torch.zeros(1, 128, 32, 32)
+    assert wide.is_for_tiles(features)
+    torch.set_num_threads(2)
+    try:
+        assert not wide.is_for_tiles(features)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("sides", "blocks"),
+    [((256, 256), (8, 8, 8, 8)), ((4, 256), (1, 1, 1, 64)), ((256, 4), (1, 1, 64, 1)), ((48, 80), (1, 5, 16, 4))],
+)
+def test_a_picture_is_cut_into_the_fewest_blocks(sides, blocks):
+    assert WinogradConv2d(convolution_of(1, 1)).blocks_of(torch.empty(1, 1, *sides)) == blocks
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 9), (8, 8), (9, 9), (12, 12), (17, 17), (3, 700), (64, 64)])

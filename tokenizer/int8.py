@@ -38,11 +38,12 @@ class Int8Conv2d(PackedConv2d):
         fits = self.weight[0].numel() <= MOST_ADDENDS
         if not (pays and fits and self.is_for_numbers(features) and convolves_int8(features.dtype)):
             return self.plainly(features)
-        convolved = [self.of_picture(picture) for picture in features.split(1)]
+        packed = self.packed_for((1, *features.shape[1:]))
+        convolved = [self.of_picture(picture, packed) for picture in features.split(1)]
         return convolved[0] if len(convolved) == 1 else torch.cat(convolved)
 
-    def of_picture(self, features: Tensor) -> Tensor:
-        """Features (1, C, H, W) to (1, O, H', W')."""
+    def of_picture(self, features: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+        """Features (1, C, H, W) to (1, O, H', W') by what `pack` gave."""
         features = features.contiguous(memory_format=torch.channels_last)
         low, high = (bound.item() for bound in flat(features).aminmax())
         low, high = min(low, 0.0), max(high, 0.0)  # the border is 0, which must be one of the values
@@ -50,13 +51,12 @@ class Int8Conv2d(PackedConv2d):
             return self.plainly(features)  # which carries it on
         scale = max((high - low) / 254, SMALLEST)
         zero = math.ceil(-low / scale)  # so that with rounding, too, all lie in 0 ... 255
-        return self.convolved(in_uint8(features, scale, zero), scale, zero, features.dtype)
+        return self.convolved((in_uint8(features, scale, zero), scale, zero, *packed), features.dtype)
 
-    def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
-        """Features (1, C, H, W) as `in_uint8` gives them to (1, O, H', W') of a type."""
+    def convolved(self, given: tuple[object, ...], dtype: torch.dtype) -> Tensor:
+        """Features (1, C, H, W) as `in_uint8` gives them, scale and zero, what `pack` gave, to (1, O, H', W')."""
         bias = None if self.bias is None else self.biases()
-        given = (integers, scale, zero, *self.packed_for(integers.shape), bias)
-        return CONVOLVE(*given, *self.sizes(), 1.0, 0, dtype, "none", [], "")
+        return CONVOLVE(*given, bias, *self.sizes(), 1.0, 0, dtype, "none", [], "")
 
     def pack(self, size: Sequence[int]) -> tuple[Tensor, ...]:
         """The kernel as oneDNN wants it for integers of this size, each channel's scale and what stands for 0."""
@@ -91,7 +91,8 @@ def sums_are_exact() -> bool:
     plain = nn.Conv2d(64, 16, 1, bias=False, device="meta")  # without a draw for its weights
     plain.weight = nn.Parameter(torch.ones(plain.weight.shape, dtype=torch.float32, device="cpu"))
     greatest = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8, device="cpu")
-    sums = Int8Conv2d(plain).convolved(greatest.to(memory_format=torch.channels_last), 1 / 255, 0, torch.float32)
+    greatest, convolution = greatest.to(memory_format=torch.channels_last), Int8Conv2d(plain)
+    sums = convolution.convolved((greatest, 1 / 255, 0, *convolution.pack(greatest.shape)), torch.float32)
     return bool(((sums - 64).abs() < 0.1).all())
 
 

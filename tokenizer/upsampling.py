@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .int8 import Int8Conv2d
-from .winograd import EXACT, OF_KERNEL, OF_TILE, TO_PIXELS, Filtering, WinogradConv2d
+from .winograd import DOUBLE, OF_KERNEL, OF_TILE, TO_PIXELS, Filtering, WinogradConv2d
 
 # A tile of pixels that stand twice, but for its border; of the numbers that are taken of it one is always 0.
-TWICE = torch.eye(4, **EXACT).repeat_interleave(torch.tensor([1, 2, 2, 1], device="cpu"), 0)
+TWICE = torch.eye(4, **DOUBLE).repeat_interleave(torch.tensor([1, 2, 2, 1], device="cpu"), 0)
 OF_TWICE = OF_TILE @ TWICE
 TAKEN = OF_TWICE.any(1)
 
@@ -40,10 +40,10 @@ class Int8UpsampledConv2d(Int8Conv2d):
     def biases(self) -> Tensor:
         return super().biases().repeat(4)
 
-    def convolved(self, integers: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
-        """Features (1, C, H, W) as `in_uint8` gives them to (1, O, 2 * H, 2 * W) of a type."""
-        height, width = integers.shape[2:]
-        of_each = super().convolved(integers, scale, zero, dtype).unflatten(1, (2, 2, -1))  # (1, 2, 2, O, H + 1, W + 1)
+    def convolved(self, given: tuple[object, ...], dtype: torch.dtype) -> Tensor:
+        """Features (1, C, H, W) to (1, O, 2 * H, 2 * W)."""
+        of_each = super().convolved(given, dtype).unflatten(1, (2, 2, -1))  # (1, 2, 2, O, H + 1, W + 1)
+        height, width = (side - 1 for side in of_each.shape[4:])
         pixels = of_each.new_empty(1, height, 2, width, 2, self.out_channels)
         for row in range(2):
             for column in range(2):

@@ -2,9 +2,9 @@
 
 A picture is cut into tiles that overlap. Of each tile n x n numbers a channel are taken, linear in its pixels, and as
 many of the kernel; their products, summed over the channels, give 4 x 4 pixels of the result, linear again. With n = 6
-these are 36 products for 144. They are off by three times as much as plain sums, some 4e-6 of the result. Source: Lavin
-and Gray 2015, arXiv:1509.09308, section 4.3, F(4x4, 3x3). Shapes: B batch, C O channels in and out, H W sides, s side
-of a tile.
+these are 36 products for 144. The result is off by three times as much as by plain sums, some 4e-6 of its size. Source:
+Lavin and Gray 2015, arXiv:1509.09308, section 4.3, F(4x4, 3x3). Shapes: B batch, C O channels in and out, H W sides, s
+side of a tile.
 """
 
 import math
@@ -26,7 +26,7 @@ MOST_COMPUTED = 1.15  # for each pixel that is asked for: blocks reach beyond a 
 PIXELS = 4  # of a side of what comes of a tile
 
 # A row of a tile, a row of a kernel and their product as polynomials, at 0, 1, -1, 2, -2 and infinity: equation 15.
-EXACT = {"dtype": torch.float64, "device": "cpu"}
+DOUBLE = {"dtype": torch.float64, "device": "cpu"}
 OF_TILE = torch.tensor(
     [
         [4, 0, -5, 0, 1, 0],
@@ -36,10 +36,10 @@ OF_TILE = torch.tensor(
         [0, 2, -1, -2, 1, 0],
         [0, 4, 0, -5, 0, 1],
     ],
-    **EXACT,
+    **DOUBLE,
 )
-OF_KERNEL = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], **EXACT) / 24
-TO_PIXELS = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], **EXACT)
+OF_KERNEL = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], **DOUBLE) / 24
+TO_PIXELS = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], **DOUBLE)
 
 
 class Filtering:
@@ -71,19 +71,24 @@ class WinogradConv2d(PackedConv2d):
         return self.by_tiles(features) if self.is_for_tiles(features) else self.plainly(features)
 
     def is_for_tiles(self, features: Tensor) -> bool:
-        """Whether oneDNN is to multiply numbers of tiles."""
-        if None in (PACK, CONVOLVE) or not self.is_for_numbers(features):
+        """Whether oneDNN is to multiply numbers of tiles: it can, and was seen to be faster so, on one thread."""
+        if min(self.in_channels, self.out_channels) < self.fewest_channels or None in (PACK, CONVOLVE):
             return False
-        if not features.dtype == self.weight.dtype == torch.float32:
+        if not self.is_for_numbers(features) or torch.get_num_threads() > 1:
             return False
+        if features.ndim != 4 or features.shape[1] != self.in_channels or not features.numel():
+            return False  # what it means, or why it is refused, any convolution tells
         down, across, _, _ = self.blocks_of(features)
-        computed, asked = down * across * TILES * self.filtering.step**2, features.shape[2:].numel()
-        return min(self.in_channels, self.out_channels) >= self.fewest_channels and computed <= MOST_COMPUTED * asked
+        computed = down * across * TILES * self.filtering.step**2
+        return (
+            features.dtype == self.weight.dtype == torch.float32
+            and computed <= MOST_COMPUTED * features.shape[2:].numel()
+        )
 
     def blocks_of(self, features: Tensor) -> tuple[int, int, int, int]:
         """A picture is cut into so many blocks, one below another and side by side, of so many tiles each way."""
-        tall, wide = (math.ceil(side / self.filtering.step) for side in features.shape[2:])
-        cuts = [(math.ceil(tall / down), math.ceil(wide * down / TILES), down, TILES // down) for down in HEIGHTS]
+        down, across = (math.ceil(side / self.filtering.step) for side in features.shape[2:])  # tiles
+        cuts = [(math.ceil(down / high), math.ceil(across * high / TILES), high, TILES // high) for high in HEIGHTS]
         return min(cuts, key=lambda cut: cut[0] * cut[1])
 
     def by_tiles(self, features: Tensor) -> Tensor:
@@ -98,8 +103,8 @@ class WinogradConv2d(PackedConv2d):
                 block = cut_out(picture, row * tall - 1, column * wide - 1, tall + 2, wide + 2)
                 into[row, :, :, column] = self.of_tiles(block, kernel).transpose(1, 2)
         pixels = pixels.flatten(4, 6).flatten(1, 3)  # (B, H', W', O), and what lies beyond
-        asked = [side * PIXELS // step for side in features.shape[2:]]
-        pixels = pixels[:, : asked[0], : asked[1]].permute(0, 3, 1, 2)
+        height, width = (side * PIXELS // step for side in features.shape[2:])
+        pixels = pixels[:, :height, :width].permute(0, 3, 1, 2)
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def of_tiles(self, block: Tensor, kernel: Tensor) -> Tensor:

@@ -104,27 +104,26 @@ def test_weights_of_inference_mode_are_taken_as_they_are_too(kind):
         assert torch.equal(convolution(features), kind(others)(features))
 
 
+@pytest.mark.parametrize("computed", [False, True])
 @torch.no_grad()
-def test_a_weight_that_does_not_change_is_packed_once(convolution, features, monkeypatch):
+def test_a_weight_that_does_not_change_is_packed_once(convolution, features, computed, monkeypatch):
+    if computed:
+        nn.utils.parametrizations.weight_norm(convolution)
     expected = convolution(features)
+    torch.testing.assert_close(expected, convolution.plainly(features), rtol=0, atol=0.05)
     monkeypatch.setattr(type(convolution), "pack", None)
     assert torch.equal(convolution(features), expected)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+@pytest.mark.parametrize("name", ["weight", "bias"])
 @torch.no_grad()
-def test_weights_that_are_computed_and_tangents_of_parameters_meet_any_convolution(convolution, features):
-    for name in ("weight", "bias"):
-        parameter = getattr(convolution, name)
-        with (
-            forward_ad.dual_level(),
-            torch.nn.utils.stateless._reparametrize_module(
-                convolution, {name: forward_ad.make_dual(parameter, torch.ones_like(parameter))}
-            ),
-        ):
-            assert forward_ad.unpack_dual(convolution(features)).tangent is not None
-    nn.utils.parametrizations.weight_norm(convolution)
-    assert torch.equal(convolution(features), convolution.plainly(features))
+def test_tangents_of_parameters_meet_any_convolution(convolution, features, name):
+    parameter = getattr(convolution, name)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(parameter, torch.ones_like(parameter))}
+        found = torch.func.functional_call(convolution, dual, (features,))
+        assert forward_ad.unpack_dual(found).tangent is not None
 
 
 @pytest.mark.parametrize("training", [False, True])

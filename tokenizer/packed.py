@@ -27,9 +27,8 @@ class PackedConv2d(nn.Conv2d):
 
     def is_for_numbers(self, features: Tensor) -> bool:
         """Whether an operator that has no gradient and knows plain tensors alone may take features and parameters."""
-        if torch.is_grad_enabled() or not isinstance(self.weight, nn.Parameter):  # one computed at each call
-            return False
-        return numbers_alone(features, *(given for given in (self.weight, self.bias) if given is not None))
+        given = [features, self.weight] if self.bias is None else [features, self.weight, self.bias]
+        return not torch.is_grad_enabled() and numbers_alone(*given)
 
     def plainly(self, features: Tensor) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W') as any convolution."""

@@ -77,8 +77,8 @@ def row_of(tokenizer: ImageTokenizer, photographs: Tensor) -> dict[str, Any]:
         "tokens": tokens.numel(),
         "difference_from_photographs": in_levels(pictures - photographs / 255),
     }
-    for name in MODES:
-        other = getattr(deepcopy(tokenizer), MODES[name])()
+    for name, change in MODES.items():
+        other = getattr(deepcopy(tokenizer), change)()
         row[name] = {
             "tokens_that_agree": four((other.encode(photographs) == tokens).double().mean().item()),
             "difference_of_pixels": in_levels(other.decode(tokens) - pictures),

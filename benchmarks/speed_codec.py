@@ -21,9 +21,10 @@ from diffusers_peer import DiffusersTokenizer
 from floors import floors, machine_calls, machine_rates, work_of
 from recording import ROOT, command_line, num_parameters, record, tell
 from stopwatch import DeviceRun, four, interleaved, peak_memory, speedup, spread
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer import ImageTokenizer
+from tokenizer.packed import PackedConv2d
 from train.cpu import keep_freed_memory
 from train.settings import at_least_one, require
 
@@ -131,10 +132,17 @@ def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
         "image_size": size,
         "batch": batch,
         "parameters": num_parameters(ours),
+        "second_kernels_mib": four(second_kernels(ours) / 2**20),
         "tokens_that_differ": four(differing[0].item()),
         "largest_difference_of_pixels": four(differing[1].abs().max().item()),
         **{part: compared(calls, batch, config) for part, calls in parts.items()},
     }
+
+
+def second_kernels(model: nn.Module) -> int:
+    """Bytes of what its convolutions hold beside their weights, by the pictures that they have met."""
+    convolutions = [layer for layer in model.modules() if isinstance(layer, PackedConv2d)]
+    return sum(part.shape.numel() * part.itemsize for layer in convolutions for part in layer.packed or ())
 
 
 def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], Tensor]:

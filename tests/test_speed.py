@@ -200,6 +200,15 @@ def test_a_data_set_becomes_tokens_in_a_process_of_its_own_whose_time_is_told(tm
     assert TokenStore.open(store).index.num_rows == {"train": 3, "validation": 3}
 
 
+@torch.no_grad()
+def test_what_convolutions_hold_beside_their_weights_is_counted():
+    convolution = winograd.WinogradConv2d(torch.nn.Conv2d(6, 8, 3, padding=1))
+    assert speed_codec.second_kernels(convolution) == 0  # it has met no picture
+    if winograd.CONVOLVE is not None:
+        convolution.by_tiles(torch.randn(1, 6, 4, 4))
+        assert speed_codec.second_kernels(convolution) == 36 * 6 * 8 * 4
+
+
 def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
     share = stopwatch.ratio([9.0, 8.0], [10.0, 10.0])
     speeds = {name: stopwatch.spread([10.0]) for name in ("encode alone", "1 rank", "2 ranks")}

@@ -7,6 +7,7 @@ that small tensors may go below the second floor.
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from stopwatch import four
@@ -15,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tokenizer import int8, winograd
-from tokenizer.processor import multiplies_int8
+from tokenizer import kernels, normalisation, winograd
 from tokenizer.products import ONEDNN_LINEAR, product
 
 PRODUCT = 2048  # rows and columns of the matrices
@@ -24,12 +24,9 @@ COPIED = 2**28  # bytes, more than a processor's own cache holds
 UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like}
 COUNTS = flop_registry | {
     ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight),
-    int8.CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[3].shape[1:].numel(),
-    winograd.CONVOLVE: lambda *given, out_val, **__: 2 * out_val.numel() * given[1].shape[1:].numel(),
 }
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MULTIPLIED = DTYPES | {"int8": torch.uint8}  # by which operations are told apart: the type of the left factor
 
 
 class Work(TorchDispatchMode):
@@ -56,10 +53,19 @@ class Work(TorchDispatchMode):
             self.operations[tensors[0].dtype] += count(*given, **options, out_val=result)
         return result
 
+    def run(self, kernel: str, *given: Any) -> int:
+        """A kernel of ours, which PyTorch does not see: its tensors but the last, which is its workspace."""
+        if kernel in ("winograd_convolve", "winograd_weight_gradient"):
+            shape = given[0]
+            tiles = shape.pictures * winograd.tiles_of(shape.height, shape.width, shape.doubled)
+            self.operations[torch.float32] += 2 * tiles * kernels.run("winograd_numbers", shape)
+        self.bytes += sum([each.nbytes for each in given if isinstance(each, Tensor)][:-1])
+        return kernels.run(kernel, *given)
+
 
 def work_of(call: Callable[[], object]) -> Work:
     """What one call does."""
-    with Work() as work:
+    with Work() as work, patch.object(winograd, "run", work.run), patch.object(normalisation, "run", work.run):
         call()
     return work
 
@@ -72,21 +78,18 @@ def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]
     for name, dtype in DTYPES.items():
         matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
         calls[f"product, {name}"] = lambda matrix=matrix: product(matrix, matrix)
-    if str(device) == "cpu" and multiplies_int8(torch.float32):
-        integers = torch.randint(-128, 128, (PRODUCT, PRODUCT), dtype=torch.int8)
-        calls["product, int8"] = lambda: torch._int_mm(integers, integers)
     return calls
 
 
 def machine_rates(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Operations a second of each type and bytes a second, read and written, by the fastest of the `machine_calls`."""
-    products = {name: f"product, {name}" for name in MULTIPLIED}
+    products = {name: f"product, {name}" for name in DTYPES}
     rates = {name: four(2 * PRODUCT**3 / min(seconds[call])) for name, call in products.items() if call in seconds}
     return rates | {"bytes": four(2 * COPIED / min(seconds["copy"]))}
 
 
 def floors(work: Work, rates: dict[str, float], items: int) -> dict[str, float]:
     """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone."""
-    counts = {name: work.operations[dtype] for name, dtype in MULTIPLIED.items() if work.operations[dtype]}
+    counts = {name: work.operations[dtype] for name, dtype in DTYPES.items() if work.operations[dtype]}
     operations = sum(count / rates[name] for name, count in counts.items())
     return {"arithmetic": four(items / operations), "memory": four(items * rates["bytes"] / work.bytes)}

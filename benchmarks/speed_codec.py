@@ -24,7 +24,7 @@ from stopwatch import DeviceRun, four, interleaved, peak_memory, speedup, spread
 from torch import Tensor, nn
 
 from tokenizer import ImageTokenizer
-from tokenizer.packed import PackedConv2d
+from tokenizer.winograd import WinogradConv2d
 from train.cpu import keep_freed_memory
 from train.settings import at_least_one, require
 
@@ -141,8 +141,8 @@ def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
 
 def second_kernels(model: nn.Module) -> int:
     """Bytes of what its convolutions hold beside their weights, by the pictures that they have met."""
-    convolutions = [layer for layer in model.modules() if isinstance(layer, PackedConv2d)]
-    return sum(part.shape.numel() * part.itemsize for layer in convolutions for part in layer.packed or ())
+    packed = [layer.packed for layer in model.modules() if isinstance(layer, WinogradConv2d)]
+    return sum(kernel.nbytes for kernel in packed if kernel is not None)
 
 
 def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], Tensor]:

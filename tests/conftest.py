@@ -1,6 +1,5 @@
 """Shared pieces of the tests: tiny real models and pictures."""
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig, image_model, int8, upsampling, winograd
+from tokenizer import ImageTokenizer, TokenizerConfig, image_model
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -114,8 +113,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def with_bfloat16(monkeypatch):
-    """The fast mode is tested as on a processor with products in bfloat16, wherever this is."""
-    monkeypatch.setattr(image_model, "multiplies_bfloat16", lambda: True)
+    """The fast mode is tested as on a processor where bfloat16 is faster, wherever this is."""
+    monkeypatch.setattr(image_model, "bfloat16_is_faster", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +124,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="module")
-def however_little():
-    """Of one file of tests: what can be convolved in 8 bits or by tiles is, whether that pays or not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int8, "FEWEST_PRODUCTS", 0)
-        patch.setattr(winograd, "MOST_COMPUTED", math.inf)
-        for kind in (winograd.WinogradConv2d, upsampling.UpsampledConv2d):
-            patch.setattr(kind, "fewest_channels", 0)
-        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenizer import ImageTokenizer, TokenizerConfig, winograd
+from tokenizer import ImageTokenizer, TokenizerConfig
 from tokenizer.autoencoder import (
     PLAIN_POSITIONS,
     AttentionBlock,
@@ -22,8 +22,7 @@ from tokenizer.autoencoder import (
     ResidualBlock,
     attend,
 )
-from tokenizer.int8 import Int8Conv2d
-from tokenizer.upsampling import UpsampledConv2d
+from tokenizer.kernels import LIBRARY
 from tokenizer.winograd import WinogradConv2d
 
 TAMING_F16 = {
@@ -199,28 +198,6 @@ def norms_of(norm_groups: int) -> list[nn.GroupNorm]:
     return [module for module in autoencoder.modules() if isinstance(module, nn.GroupNorm)]
 
 
-def test_in_the_fast_mode_the_decoder_alone_convolves_in_8_bits():
-    autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
-    names, networks = autoencoder.state_dict().keys(), (autoencoder.encoder, autoencoder.decoder)
-    before = [[layer for layer in net.modules() if isinstance(layer, nn.Conv2d)] for net in networks]
-    autoencoder.fast(torch.bfloat16)
-    of_encoder, of_decoder = ([layer for layer in net.modules() if isinstance(layer, nn.Conv2d)] for net in networks)
-    assert of_encoder == before[0]
-    in_8_bits = [id(layer.weight) for layer in of_decoder if isinstance(layer, Int8Conv2d)]
-    threefold = [id(layer.weight) for layer in before[1] if layer.kernel_size == (3, 3)]
-    assert in_8_bits == threefold[1:-1]  # but at the ends
-    assert autoencoder.state_dict().keys() == names
-
-
-def test_where_the_fast_mode_has_no_8_bits_the_decoder_convolves_by_tiles_as_before(monkeypatch):
-    autoencoder = ConvolutionalAutoencoder(3, 4, channel_multipliers=[1, 2], middle_attention=True)
-    monkeypatch.setattr("tokenizer.autoencoder.multiplies_int8", lambda dtype: False)
-    before = [type(layer) for layer in autoencoder.modules()]
-    autoencoder.fast(torch.float32)
-    assert [type(layer) for layer in autoencoder.modules()] == before
-    assert {WinogradConv2d, UpsampledConv2d} <= set(before)
-
-
 @torch.no_grad()
 def test_a_wide_network_goes_by_tiles_and_makes_what_plain_sums_make():
     torch.manual_seed(0)
@@ -233,8 +210,9 @@ def test_a_wide_network_goes_by_tiles_and_makes_what_plain_sums_make():
     pictures, expected = autoencoder.decoder(latents), exact.decoder(latents.double())
     assert (pictures - expected).norm() < 1e-5 * expected.norm()
     assert (latents - exact.encoder(images.double())).norm() < 1e-5 * latents.norm()
-    packed = {type(layer) for layer in autoencoder.modules() if getattr(layer, "packed", None)}
-    assert packed == ({WinogradConv2d, UpsampledConv2d} if winograd.CONVOLVE else set())
+    layers = [layer for layer in autoencoder.modules() if isinstance(layer, WinogradConv2d)]
+    assert len(layers) == 25
+    assert {layer.packed is None for layer in layers} == {LIBRARY is None}
 
 
 def test_norm_groups_0_builds_no_normalisation():

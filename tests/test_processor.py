@@ -4,28 +4,28 @@ import pytest
 import torch
 
 from tokenizer import processor
-from tokenizer.processor import multiplies_bfloat16, multiplies_int8
+from tokenizer.processor import bfloat16_is_faster
 
-OLD = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False, "avx512_vnni": False, "avx_vnni": False}
-BOTH = [torch.float32, torch.bfloat16]
+OLD = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 
 
 @pytest.mark.parametrize(
-    ("told", "bfloat16", "int8"),
+    ("told", "with_kernels", "without"),
     [
-        (OLD, False, []),  # Skylake and before
-        (OLD | {"avx512_vnni": True}, False, BOTH),  # Cascade Lake, Ice Lake
-        (OLD | {"avx_vnni": True}, False, [torch.float32]),  # Alder Lake
-        (OLD | {"avx512_vnni": True, "avx512_bf16": True}, True, BOTH),  # Zen 4, Cooper Lake
-        (OLD | {"avx512_vnni": True, "avx_vnni": True, "amx_bf16": True}, True, BOTH),  # Sapphire Rapids
-        ({"architecture": "arm64", "bf16": True}, True, []),
-        ({}, True, []),  # an older PyTorch
+        (OLD, False, False),  # Skylake, Ice Lake
+        (OLD | {"avx512_bf16": True}, False, True),  # Zen 4, Cooper Lake
+        (OLD | {"avx512_bf16": True, "amx_bf16": True}, True, True),  # Sapphire Rapids
+        ({"architecture": "arm64", "bf16": True}, True, True),
+        ({}, True, True),  # an older PyTorch
     ],
 )
-def test_bfloat16_and_8_bits_are_fast_where_there_are_instructions_for_them(told, bfloat16, int8, monkeypatch):
+def test_bfloat16_is_faster_where_there_are_instructions_for_it_and_no_kernels(
+    told, with_kernels, without, monkeypatch
+):
     monkeypatch.setattr(processor, "CAPABILITIES", told)
-    assert multiplies_bfloat16() == bfloat16
-    assert [dtype for dtype in (*BOTH, torch.float64, torch.float16) if multiplies_int8(dtype)] == int8
+    for library, expected in ((object(), with_kernels), (None, without)):
+        monkeypatch.setattr(processor, "LIBRARY", library)
+        assert bfloat16_is_faster() == expected
 
 
 def test_this_pytorch_tells_what_is_asked_for():

@@ -30,8 +30,11 @@ from speed_search import SearchRun
 from speed_start import StartRun
 from speed_training import TrainingSpeedRun, clocked
 
-from tokenizer import ImageTokenizer, int8, winograd
+from tokenizer import ImageTokenizer
+from tokenizer.kernels import LANES, LIBRARY
+from tokenizer.normalisation import activated
 from tokenizer.products import product
+from tokenizer.winograd import WinogradConv2d
 from train.config import UserError, parse
 from train.token_store import TokenStore
 
@@ -202,11 +205,11 @@ def test_a_data_set_becomes_tokens_in_a_process_of_its_own_whose_time_is_told(tm
 
 @torch.no_grad()
 def test_what_convolutions_hold_beside_their_weights_is_counted():
-    convolution = winograd.WinogradConv2d(torch.nn.Conv2d(6, 8, 3, padding=1))
+    convolution = WinogradConv2d(32, 16)
     assert speed_codec.second_kernels(convolution) == 0  # it has met no picture
-    if winograd.CONVOLVE is not None:
-        convolution.by_tiles(torch.randn(1, 6, 4, 4))
-        assert speed_codec.second_kernels(convolution) == 36 * 6 * 8 * 4
+    if LIBRARY is not None:
+        convolution(torch.randn(1, 32, 16, 16))
+        assert speed_codec.second_kernels(convolution) == 36 * 32 * 16 * 4
 
 
 def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
@@ -223,19 +226,17 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
         work = floors.work_of(lambda times=times: times(left, right).relu())
         assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
         assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
-    monkeypatch.setattr(int8, "FEWEST_PRODUCTS", 0)
-    convolution, pictures = int8.Int8Conv2d(torch.nn.Conv2d(6, 8, 3)), torch.randn(1, 6, 5, 5)
-    with torch.no_grad():
-        convolution(pictures)  # its kernel is made
-        work = floors.work_of(lambda: convolution(pictures))
-        kind = torch.uint8 if int8.convolves_int8(torch.float32) else torch.float32
-        assert work.operations == {kind: 2 * 6 * 9 * 8 * 9}
-        if winograd.CONVOLVE is not None:
-            by_tiles = winograd.WinogradConv2d(torch.nn.Conv2d(6, 8, 3, padding=1)).by_tiles
-            by_tiles(torch.randn(1, 6, 32, 32))  # once for its kernel
-            work, transformed = floors.work_of(lambda: by_tiles(torch.randn(1, 6, 32, 32))), 34 * 8 * 36 + 64 * 36 * 6
-            back = 64 * (4 * 6 * 6 + 4 * 4 * 6)
-            assert work.operations == {torch.float32: 2 * (64 * 36 * 6 * 8 + transformed * 6 + back * 8)}
+    if LIBRARY is not None:
+        convolution, norm = WinogradConv2d(LANES, 2 * LANES), torch.nn.GroupNorm(4, LANES).eval()
+        features = torch.randn(1, LANES, 16, 16, requires_grad=True)
+        convolution(activated(norm, features.detach()))  # once for its kernel
+        with torch.no_grad():
+            work = floors.work_of(lambda: convolution(activated(norm, features)))
+        of_kernel, of_picture = 36 * LANES * 2 * LANES, 256 * LANES
+        assert work.operations == {torch.float32: 2 * 16 * of_kernel + 2 * 9 * LANES * 2 * LANES}  # and its print
+        assert work.bytes >= 4 * (of_kernel + 2 * of_picture + 3 * of_picture)
+        both_ways = floors.work_of(lambda: convolution(features).sum().backward())
+        assert both_ways.operations == {torch.float32: 3 * 2 * 16 * of_kernel}
     layer, inputs = torch.nn.Linear(6, 8, bias=False).bfloat16(), torch.randn(4, 6).bfloat16()
     both_ways = floors.work_of(lambda: layer(inputs).sum().backward())
     assert both_ways.operations == {torch.bfloat16: 2 * 2 * 4 * 6 * 8}  # the inputs need no gradient
@@ -245,9 +246,9 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
 
 
 def test_floors_are_what_the_rates_make_of_the_work():
-    products = {"product, float32": [1.0, 0.5], "product, bfloat16": [0.25, 0.25], "product, int8": [0.25, 0.5]}
+    products = {"product, float32": [1.0, 0.5], "product, bfloat16": [0.25, 0.25]}
     rates, count = floors.machine_rates({"copy": [2.0, 1.0]} | products), 2 * 16**3
-    expected = {"float32": count / 0.5, "bfloat16": count / 0.25, "int8": count / 0.25, "bytes": 2 * 2**20}
+    expected = {"float32": count / 0.5, "bfloat16": count / 0.25, "bytes": 2 * 2**20}
     assert rates == pytest.approx(expected, 1e-3)
     work = floors.Work()
     work.operations.update({torch.float32: count, torch.bfloat16: count, torch.uint8: count})

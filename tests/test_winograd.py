@@ -1,8 +1,11 @@
-"""Convolutions by tiles beside a plain one in float64, and when they are as any other."""
+"""Convolutions by tiles beside plain ones in float64, their gradients, and when they are as any other."""
 
+import copy
 import math
 import os
+import pickle
 import sys
+import warnings
 
 import pytest
 import torch
@@ -10,154 +13,321 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from tokenizer import winograd
-from tokenizer.upsampling import UpsampledConv2d
-from tokenizer.winograd import WinogradConv2d
+from tokenizer.kernels import LANES, LIBRARY
+from tokenizer.winograd import FEWEST_TILES, WinogradConv2d
 
-KINDS = [WinogradConv2d, UpsampledConv2d]
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built here")
 
-pytestmark = pytest.mark.skipif(winograd.CONVOLVE is None, reason="oneDNN's operators are not here")
-
-
-def convolution_of(channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias).requires_grad_(False)
+KINDS = [False, True]  # doubled or not
 
 
-def exactly(kind: type[WinogradConv2d], convolution: nn.Conv2d, features: Tensor) -> Tensor:
-    """The reference, in float64."""
+@pytest.fixture(params=KINDS, ids=["plain", "doubled"])
+def convolution(request) -> WinogradConv2d:
+    torch.manual_seed(0)
+    return WinogradConv2d(LANES, 2 * LANES, doubled=request.param)
+
+
+@pytest.fixture
+def features() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, LANES, 16, 13)
+
+
+def exactly(convolution: WinogradConv2d, features: Tensor) -> Tensor:
+    """The reference: float64, and where it is doubled nearest neighbour and nine products."""
+    features = features.double()
+    if convolution.doubled:
+        features = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
     bias = None if convolution.bias is None else convolution.bias.double()
-    grown = features.repeat_interleave(2, 2).repeat_interleave(2, 3) if kind is UpsampledConv2d else features
-    return F.conv2d(grown.double(), convolution.weight.double(), bias, padding=1)
+    return F.conv2d(features, convolution.weight.double(), bias, padding=1)
 
 
 @given(
-    kind=st.sampled_from(KINDS),
-    batch=st.integers(0, 3),
-    channels=st.integers(1, 40),
-    out_channels=st.integers(1, 40),
-    sides=st.tuples(st.integers(1, 70), st.integers(1, 40)),
+    doubled=st.booleans(),
+    batch=st.integers(1, 5),
+    channels=st.integers(LANES, 3 * LANES + 5),
+    out_channels=st.integers(1, 5 * LANES + 5),
+    sides=st.tuples(st.integers(1, 40), st.integers(1, 30)),
     size=st.sampled_from([1e-6, 1.0, 1e6]),
     bias=st.booleans(),
     in_planes=st.booleans(),
 )
-def test_it_is_the_convolution(kind, batch, channels, out_channels, sides, size, bias, in_planes):
+def test_it_is_the_convolution_and_so_are_its_gradients(
+    doubled, batch, channels, out_channels, sides, size, bias, in_planes
+):
     torch.manual_seed(channels)
-    plain = convolution_of(channels, out_channels, bias)
+    convolution = WinogradConv2d(channels, out_channels, doubled)
+    if not bias:
+        convolution.bias = None
     features = size * torch.randn(batch, channels, *sides)
     if not in_planes:
         features = features.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        found = kind(plain).by_tiles(features)
-    expected = exactly(kind, plain, features)
+    features.requires_grad_()
+    height, width = sides
+    step = 2 if doubled else 4
+    tiles = math.ceil(height / step) * math.ceil(width / step)
+    of_tiles = batch * tiles >= FEWEST_TILES and tiles * step**2 <= 2 * height * width
+    assert convolution.is_for_tiles(features) == of_tiles
+    found, expected = convolution(features), exactly(convolution, features)
     assert found.dtype == torch.float32
     assert found.shape == expected.shape
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert (found - expected).norm() <= 3e-6 * expected.norm()
+    towards = torch.randn_like(found)
+    inputs = [features, *convolution.parameters()]
+    gradients = torch.autograd.grad(found, inputs, towards), torch.autograd.grad(expected, inputs, towards.double())
+    for by_tiles, exact in zip(*gradients, strict=True):
+        assert by_tiles.dtype == torch.float32
+        assert (by_tiles - exact).norm() <= 3e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_wide_convolutions_of_large_pictures_go_by_tiles(kind):
-    torch.manual_seed(0)
-    plain, features = convolution_of(192, 192), torch.randn(1, 192, 32, 32)
-    found, as_any = kind(plain)(features), kind(plain).plainly(features)
-    of_tiles, of_any = ((made - exactly(kind, plain, features)).norm() for made in (found, as_any))
-    assert 0 < of_any < of_tiles < 1e-5 * found.norm()
+def test_gradients_of_gradients_are_those_of_any_convolution(convolution, features):
+    """As a penalty on gradients needs them."""
+    features.requires_grad_()
+    inputs, seconds = [features, *convolution.parameters()], []
+    for convolve in (convolution, convolution.plainly):
+        result = convolve(features)
+        (first,) = torch.autograd.grad(result.square().sum(), features, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), inputs))
+    for found, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize(("kind", "fewest"), [(WinogradConv2d, 128), (UpsampledConv2d, 192)])
-@torch.no_grad()
-def test_what_is_narrow_of_another_type_or_would_leave_its_blocks_half_empty_is_left_to_any_convolution(kind, fewest):
-    step = kind.filtering.step
-    features = torch.zeros(1, fewest, 8 * step, 16 * step)
-    wide = kind(convolution_of(fewest, fewest))
-    assert wide.is_for_tiles(features)
-    assert wide.is_for_tiles(features[..., 1:])
-    assert not wide.is_for_tiles(features[..., : 10 * step])
-    assert not wide.is_for_tiles(features[:0])
-    assert not wide.is_for_tiles(features[0])
-    assert not wide.is_for_tiles(features[:, 1:])
-    assert not wide.is_for_tiles(features.double())
-    assert not kind(convolution_of(fewest - 1, fewest)).is_for_tiles(features[:, 1:])
-    assert not kind(convolution_of(fewest, fewest - 1)).is_for_tiles(features)
-    assert not wide.double().is_for_tiles(features)
+def test_it_rounds_otherwise_than_any_convolution(convolution, features):
+    """Else nothing here would test the kernels."""
+    assert convolution.is_for_tiles(features)
+    assert not torch.equal(convolution(features), convolution.plainly(features))
 
 
-@torch.no_grad()
-def test_on_several_threads_it_is_any_convolution():
-    """Which has one section in parallel, by tiles it would have hundreds: they wait where the cores are busy."""
-    wide, features = WinogradConv2d(convolution_of(128, 128)), torch.zeros(1, 128, 32, 32)
-    assert wide.is_for_tiles(features)
-    torch.set_num_threads(2)
+def test_no_picture_depends_on_those_beside_it_nor_on_gradients_nor_threads(convolution, features):
+    with torch.no_grad():
+        expected = convolution(features)
+    assert torch.equal(convolution(features), expected)
+    assert torch.equal(convolution(features.flip(0)).flip(0), expected)
+    assert torch.equal(convolution(features[1:]), expected[1:])
+    threads = torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        try:
+            assert torch.equal(convolution(features), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gradients_of_weights_are_the_same_each_time_and_nearly_so_by_other_threads(convolution, features, threads):
+    before = torch.get_num_threads()
+    towards = torch.randn_like(convolution(features))
+    (expected,) = torch.autograd.grad(exactly(convolution, features), convolution.weight, towards.double())
+    torch.set_num_threads(threads)
     try:
-        assert not wide.is_for_tiles(features)
+        found, again = (torch.autograd.grad(convolution(features), convolution.weight, towards)[0] for _ in range(2))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
+    assert torch.equal(found, again)
+    assert (found - expected).norm() <= 3e-6 * expected.norm()
 
 
-@pytest.mark.parametrize(
-    ("sides", "blocks"),
-    [((256, 256), (8, 8, 8, 8)), ((4, 256), (1, 1, 1, 64)), ((256, 4), (1, 1, 64, 1)), ((48, 80), (1, 5, 16, 4))],
-)
-def test_a_picture_is_cut_into_the_fewest_blocks(sides, blocks):
-    assert WinogradConv2d(convolution_of(1, 1)).blocks_of(torch.empty(1, 1, *sides)) == blocks
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_is_added_is_added_in_its_type(convolution, features, gradients, monkeypatch):
+    monkeypatch.setattr(winograd, "bfloat16_is_faster", lambda: False)
+    with torch.set_grad_enabled(gradients):
+        result = convolution(features)
+        added = torch.randn_like(result)
+        before = added.clone()
+        assert torch.equal(convolution(features, added), result + added)
+        assert torch.equal(added, before)
+        assert torch.equal(convolution(features, added[:1, :, :1]), result + added[:1, :, :1])
+        assert torch.equal(convolution(features, added.double()), result.double() + added.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = convolution(features, added.bfloat16())
+        assert torch.equal(rounded, result.bfloat16() + added.bfloat16())
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 9), (8, 8), (9, 9), (12, 12), (17, 17), (3, 700), (64, 64)])
-@torch.no_grad()
-def test_onednn_always_gets_the_places_that_its_kernel_was_packed_for(height, width, monkeypatch):
-    """Of another number it turns over the whole kernel at each call, which was seen to take 40 times as long."""
-    seen = []
-
-    def convolve(places: Tensor, *others: object) -> Tensor:
-        seen.append(places.shape)
-        return winograd_convolve(places, *others)
-
-    winograd_convolve = winograd.CONVOLVE
-    monkeypatch.setattr(winograd, "CONVOLVE", convolve)
-    convolution = WinogradConv2d(convolution_of(3, 2))
-    convolution.by_tiles(torch.randn(2, 3, 4 * height, 4 * width))
-    down, across, *tiles = convolution.blocks_of(torch.empty(2, 3, 4 * height, 4 * width))
-    assert seen == 2 * down * across * [torch.Size([1, 36 * 3, 1, winograd.TILES])]
-    assert math.prod(tiles) == winograd.TILES
-    assert down * tiles[0] >= height
-    assert across * tiles[1] >= width
-
-
-LESSER = """
-import torch
-from tokenizer.winograd import WinogradConv2d
-torch.manual_seed(0)
-plain, features = torch.nn.Conv2d(48, 40, 3, padding=1).requires_grad_(False), torch.randn(2, 48, 12, 8)
-with torch.no_grad():
-    found = WinogradConv2d(plain).by_tiles(features)
-    print((found - plain(features)).norm().item() / found.norm().item())
-"""
-
-
-@pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2", "SSE41"])
-def test_what_onednn_has_for_lesser_processors_is_as_exact(instructions):
-    paths = os.pathsep.join(sys.path)
-    done = run([sys.executable, "-c", LESSER], PYTHONPATH=paths, ONEDNN_MAX_CPU_ISA=instructions)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-5
+def test_what_is_narrow_small_unbatched_or_of_another_type_is_left_to_any_convolution(convolution, features):
+    assert convolution.is_for_tiles(features)
+    assert convolution.is_for_tiles(features[..., :9])
+    assert not convolution.is_for_tiles(features[:, :, :1, :9])
+    assert not convolution.is_for_tiles(features[:1, :, :4, :4])
+    assert not convolution.is_for_tiles(features[:0])
+    assert not convolution.is_for_tiles(features[0])
+    assert not convolution.is_for_tiles(features[:, 1:])
+    assert not convolution.is_for_tiles(features.double())
+    assert not WinogradConv2d(LANES - 1, LANES).is_for_tiles(features[:, 1:])
+    assert not convolution.double().is_for_tiles(features)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @torch.no_grad()
-def test_what_is_not_finite_is_carried_on(value):
-    plain, features = convolution_of(4, 4), torch.randn(2, 4, 8, 8)
+def test_what_is_not_finite_is_carried_on(convolution, features, value):
     features[1, 0, 2, 2] = value
-    found, expected = WinogradConv2d(plain).by_tiles(features), plain(features)
+    found, expected = convolution(features), convolution.plainly(features)
     assert not found[~expected.isfinite()].isfinite().any()
     assert found[0].isfinite().all()
-    plain.weight[0, 0, 1, 1] = value
-    assert not WinogradConv2d(plain).by_tiles(features[:1])[0, 0].isfinite().any()
+    features = features[:1]
+    convolution.weight[0, 0, 1, 1] = value
+    assert not convolution(features)[0, 0].isfinite().any()
 
 
-@pytest.mark.parametrize("other", [{"stride": 2}, {"kernel_size": 1}, {"padding": 0}])
-def test_a_convolution_of_another_shape_is_refused(other):
-    with pytest.raises(ValueError, match="must be 3x3 with stride 1 and padding 1"):
-        WinogradConv2d(nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1} | other))
+LESSER = """
+import torch
+from tokenizer.kernels import LANES
+from tokenizer.winograd import WinogradConv2d
+torch.manual_seed(0)
+for doubled in (False, True):
+    layer, features = WinogradConv2d(40, 72, doubled), torch.randn(2, 40, 12, 9, requires_grad=True)
+    assert LANES == 8 and layer.is_for_tiles(features)
+    for convolve in (layer, layer.plainly):
+        layer.zero_grad()
+        features.grad = None
+        found = convolve(features)
+        found.square().mean().backward()
+        print(*(tensor.double().norm().item() for tensor in (found, features.grad, layer.weight.grad)))
+    print((layer(features) - layer.plainly(features)).norm().item())
+"""
+
+
+def test_the_kernels_for_lesser_processors_are_as_exact():
+    paths = os.pathsep.join(sys.path)
+    done = run([sys.executable, "-c", LESSER], PYTHONPATH=paths, ATEN_CPU_CAPABILITY="avx2")
+    assert done.returncode == 0, done.stderr
+    lines = [list(map(float, line.split())) for line in done.stdout.splitlines()]
+    for found, expected, (difference,) in (lines[:3], lines[3:]):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert 0 < difference < 3e-6 * expected[0]
+
+
+@torch.no_grad()
+def test_weights_that_change_are_taken_as_they_are(convolution, features):
+    others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.doubled)
+    expected, before = others(features), convolution(features)
+    convolution.load_state_dict(others.state_dict())
+    assert torch.equal(convolution(features), expected)
+    convolution.weight = nn.Parameter(others.weight * 2)
+    convolution.bias.mul_(2)
+    torch.testing.assert_close(convolution(features), 2 * expected)
+    convolution.weight.data = others.weight
+    convolution.bias.data = others.bias
+    assert torch.equal(convolution(features), expected)
+    assert not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.copy_(-weight),
+        lambda weight: weight.data.flatten(1)[0, 0].add_(0.5),
+        lambda weight: weight.data.copy_(weight.flip(3)),
+        lambda weight: weight.data.copy_(weight.roll(1, 1)),
+        lambda weight: weight.detach().numpy().__imul__(2),
+        lambda weight: torch.optim.AdamW([weight], lr=0.1, fused=True).step(),
+    ],
+    ids=["copied", "one number", "turned over", "exchanged", "in numpy", "a fused optimizer"],
+)
+def test_changes_that_pytorch_does_not_count_are_seen_too(convolution, features, change):
+    with torch.no_grad():
+        convolution.weight.copy_(torch.randint(-8, 8, convolution.weight.shape))  # whose sums are exact in any order
+        before = convolution(features)
+        convolution.weight.grad = torch.ones_like(convolution.weight)
+        change(convolution.weight)
+        assert torch.equal(convolution(features), copy.deepcopy(convolution)(features))
+        assert not torch.equal(convolution(features), before)
+
+
+def test_weights_of_inference_mode_are_taken_as_they_are_too(convolution):
+    with torch.inference_mode():
+        features = torch.randn(1, LANES, 16, 16)
+        others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.doubled)
+        convolution = copy.deepcopy(convolution)
+        assert not torch.equal(convolution(features), others(features))
+        convolution.load_state_dict(others.state_dict())
+        assert torch.equal(convolution(features), others(features))
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@torch.no_grad()
+def test_a_weight_that_does_not_change_is_packed_once(convolution, features, computed, monkeypatch):
+    if computed:
+        nn.utils.parametrizations.weight_norm(convolution)
+    expected = convolution(features)
+    torch.testing.assert_close(expected, convolution.plainly(features))
+    monkeypatch.setattr(winograd, "pack", None)
+    assert torch.equal(convolution(features), expected)
+
+
+@torch.no_grad()
+def test_what_is_packed_goes_where_the_weights_go(convolution, features):
+    convolution(features)
+    assert convolution.packed is not None
+    assert convolution.double().packed is None
+    assert torch.equal(convolution(features.double()), convolution.plainly(features.double()))
+
+
+@torch.no_grad()
+def test_it_is_copied_pickled_and_saved_as_any_convolution(convolution, features):
+    expected = convolution(features)  # with its weights packed by now
+    for other in (copy.deepcopy(convolution), pickle.loads(pickle.dumps(convolution))):
+        assert torch.equal(other(features), expected)
+    assert convolution.state_dict().keys() == nn.Conv2d(1, 1, 1).state_dict().keys()
+    assert len(pickle.dumps(convolution)) < 2 * 4 * convolution.weight.numel() + 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_defaults_of_the_process_are_not_its_own(convolution, features, dtype):
+    other = copy.deepcopy(convolution)
+    expected = convolution(features)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(other(features), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by forward_ad
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@torch.no_grad()
+def test_tangents_of_parameters_meet_any_convolution(convolution, features, name):
+    parameter = getattr(convolution, name)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(parameter, torch.ones_like(parameter))}
+        found = torch.func.functional_call(convolution, dual, (features,))
+        assert forward_ad.unpack_dual(found).tangent is not None
+
+
+@torch.no_grad()
+def test_compilers_transforms_and_other_tensors_meet_any_convolution(convolution, features):
+    expected = convolution.plainly(features)
+    assert torch.equal(torch.compile(convolution, backend="eager", fullgraph=True)(features), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated
+        assert torch.equal(torch.jit.trace(convolution, features)(features), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert convolution(mode.from_tensor(features)).shape == expected.shape
+    assert torch.equal(torch.func.vmap(convolution)(features[None])[0], expected)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_autocast_rounds_only_where_bfloat16_is_faster(convolution, features, faster, monkeypatch):
+    monkeypatch.setattr(winograd, "bfloat16_is_faster", lambda: faster)
+    features.requires_grad_()
+    in_float32 = convolution(features), convolution(features.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = convolution(features), convolution(features.bfloat16())
+        rounded = convolution.plainly(features)
+    expected = (rounded, rounded) if faster else in_float32
+    for each, other in zip(found, expected, strict=True):
+        assert torch.equal(each, other)
+    (gradient,) = torch.autograd.grad(found[1].float().sum(), features)
+    assert gradient.dtype == torch.float32
+
+
+def test_where_the_kernels_were_not_built_it_is_any_convolution(convolution, features, monkeypatch):
+    expected = convolution.plainly(features)
+    monkeypatch.setattr(winograd, "LIBRARY", None)
+    assert torch.equal(convolution(features), expected)

@@ -8,7 +8,6 @@ in the decoder. Departure: narrow layers use fewer norm groups where `norm_group
 Shapes: B batch, C image channels, H W image sides, D codebook_dim, h w grid sides (H / downsample_factor, ...).
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import repeat
@@ -17,27 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .int8 import Int8Conv2d
-from .processor import multiplies_int8, numbers_alone
-from .upsampling import Int8UpsampledConv2d, UpsampledConv2d
+from .normalisation import activated, group_norm
+from .processor import numbers_alone
 from .winograd import WinogradConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
 FEWEST_FOR_ONEDNN = 16  # pictures, by PyTorch's ConvParams::use_mkldnn
-
-
-def group_norm(channels: int, norm_groups: int) -> nn.Module:
-    """Group norm with `norm_groups` groups, or their greatest common divisor with `channels`; none where it is 0."""
-    return nn.GroupNorm(math.gcd(channels, norm_groups), channels, eps=1e-6) if norm_groups else nn.Identity()
-
-
-def activated(norm: nn.Module, features: Tensor) -> Tensor:
-    """SiLU of the normed features, without gradients in the norm's own memory: on a CPU new memory takes longer."""
-    normed = norm(features)
-    spare = normed is not features and not torch.is_grad_enabled()
-    # A grid of one place would keep other strides than with gradients, and the next layer round in another way.
-    return F.silu(normed, inplace=spare and normed.shape[2:].numel() > 1)
 
 
 class ClassShift(nn.Module):
@@ -128,10 +113,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float):
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups)
-        self.conv1 = WinogradConv2d(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.conv1 = WinogradConv2d(in_channels, out_channels)
         self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = WinogradConv2d(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = WinogradConv2d(out_channels, out_channels)
         self.shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
         # Each block starts as its shortcut (as in Goyal et al. 2017, arXiv:1706.02677, section 5.1), which lets a
         # network without norms train; the default run gains about 1 dB.
@@ -142,18 +127,13 @@ class ResidualBlock(nn.Module):
         hidden = activated(self.norm1, features)
         if not torch.is_autocast_enabled(features.device.type):  # which chooses the type by itself
             hidden = hidden.to(self.conv1.weight.dtype)
-        hidden = activated(self.norm2, self.conv1(hidden))
-        hidden = self.conv2(self.dropout(hidden))
-        return hidden.to(features.dtype).add_(self.shortcut(features))
+        hidden = activated(self.norm2, self.conv1(hidden), spare=True)
+        return self.conv2(self.dropout(hidden), self.shortcut(features))
 
     def branch_to(self, dtype: torch.dtype) -> None:
         """Compute in this type from the first convolution to the second; what is added to remains as it comes."""
         for layer in (self.conv1, self.norm2, self.conv2):
             layer.to(dtype)
-
-    def in_int8(self) -> None:
-        """Convolve 3x3 in 8 bits where that can be had."""
-        self.conv1, self.conv2 = Int8Conv2d(self.conv1), Int8Conv2d(self.conv2)
 
 
 class AttentionBlock(nn.Module):
@@ -191,14 +171,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves both sides: a stride-2 convolution, padded by one pixel at the right and the bottom."""
+    """Halves both sides: a stride-2 convolution, padded by one pixel at the right and the bottom.
+
+    It is padded by two all around instead, and the first row and column of the result left out, as copying features
+    into a larger tensor takes a third of the time.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.conv(F.pad(features, (0, 1, 0, 1)))
+        return self.conv(features)[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last)
 
 
 class Upsample(nn.Module):
@@ -206,14 +190,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = UpsampledConv2d(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv = WinogradConv2d(channels, channels, doubled=True)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.conv(features)
-
-    def in_int8(self) -> None:
-        """Convolve in 8 bits where that can be had."""
-        self.conv = Int8UpsampledConv2d(self.conv)
 
 
 def level(
@@ -238,7 +218,7 @@ class OutputHead(nn.Sequential):
     """Norm, SiLU, 3x3 convolution: the end of the encoder and of the decoder."""
 
     def __init__(self, channels: int, out_channels: int, norm_groups: int):
-        convolution = nn.Conv2d(channels, out_channels, 3, padding=1)
+        convolution = WinogradConv2d(channels, out_channels)
         super().__init__(group_norm(channels, norm_groups), nn.SiLU(), convolution)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -286,7 +266,7 @@ class ConvolutionalAutoencoder(nn.Module):
         options = {"norm_groups": norm_groups, "dropout": dropout}
 
         encoder: dict[str, nn.Module] = {"patchify": nn.PixelUnshuffle(patch_size)}
-        encoder["conv_in"] = nn.Conv2d(patch_channels, base_channels, 3, padding=1)
+        encoder["conv_in"] = WinogradConv2d(patch_channels, base_channels)
         if num_classes:
             encoder["classes"] = ClassShift(num_classes, base_channels)
         channels = base_channels
@@ -301,7 +281,7 @@ class ConvolutionalAutoencoder(nn.Module):
         self.encoder = Encoder(OrderedDict(encoder))
 
         decoder: dict[str, nn.Module] = {"from_codes": PointwiseConv2d(codebook_dim, latent_channels)}
-        decoder["conv_in"] = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        decoder["conv_in"] = WinogradConv2d(latent_channels, channels)
         if num_classes:
             decoder["classes"] = ClassShift(num_classes, channels)
         decoder["middle"] = middle(channels, middle_attention, **options)
@@ -319,17 +299,12 @@ class ConvolutionalAutoencoder(nn.Module):
         """Compute in this type: the decoder as a whole, of the encoder the branches of its residual blocks.
 
         What the encoder's branches are added to stays as it is, and the layers at its ends and between its levels do:
-        rounding there moves most of the tokens that bfloat16 moves. From the decoder no token follows: its blocks and
-        what lies between its levels convolve in 8 bits, where a CPU has products of them.
+        rounding there moves most of the tokens that bfloat16 moves. From the decoder no token follows.
         """
         for layer in self.encoder.modules():
             if isinstance(layer, ResidualBlock):
                 layer.branch_to(dtype)
         self.decoder.to(dtype)
-        if multiplies_int8(dtype):  # else what it has multiplies less in float32
-            for layer in list(self.decoder.modules()):
-                if isinstance(layer, (ResidualBlock, Upsample)):
-                    layer.in_int8()
 
 
 def check_counts(**counts: int) -> None:

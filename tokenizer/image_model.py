@@ -7,7 +7,6 @@ Shapes: B batch, C image channels, H W image sides in pixels, D components of a 
 from abc import abstractmethod
 from numbers import Integral
 from typing import Any, Literal, Self
-from warnings import warn
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from .config import ImageConfig
 from .images import Images, check_shape, from_model_range, nearest_multiples, to_batch, to_model_range
 from .labels import Labels, checked_labels
 from .pretrained import PretrainedModel
-from .processor import multiplies_bfloat16, multiplies_int8
+from .processor import bfloat16_is_faster
 from .rounding import by_parts, laid_out
 from .tiles import Tiles, checked_tiles
 
@@ -133,15 +132,12 @@ class ImageModel(PretrainedModel):
     def fast(self) -> Self:
         """This model itself, changed for good so that it codes faster where it is, and moves hardly a token.
 
-        It encodes in bfloat16 where that shows least, and decodes in it, unless it is on a CPU of the x86 family that
-        has no products in bfloat16; its weights are rounded so, and the fingerprint is another. A CPU with dot products
-        of 8 bits convolves in these in the decoder, without gradients and where a picture has work enough, for which
-        the kernels are held a second time. The README (Speed) says what changes.
+        It encodes in bfloat16 where that shows least, and decodes in it; its weights are rounded so, and the
+        fingerprint is another. On a CPU where float32 is faster, which is what it starts with, nothing changes. The
+        README (Speed) says what changes elsewhere.
         """
-        in_bfloat16 = self.device.type != "cpu" or multiplies_bfloat16()
-        if not in_bfloat16 and not multiplies_int8(torch.float32):
-            warn("fast() changes nothing on this processor, without products in bfloat16 or 8 bits", stacklevel=2)
-        self.autoencoder.fast(torch.bfloat16 if in_bfloat16 else torch.float32)
+        if self.device.type != "cpu" or bfloat16_is_faster():
+            self.autoencoder.fast(torch.bfloat16)
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What the processor at hand multiplies faster than float32, and when an operator may do it that knows nothing else."""
+"""What the processor at hand multiplies fastest, and when an operator may do it that knows nothing but numbers."""
 
 import platform
 from collections.abc import Callable
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
 
-# An older PyTorch tells nothing: then nothing is done in 8 bits, and bfloat16 is taken to be fast.
-CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+from .kernels import LIBRARY
+
+CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch tells nothing
 
 
 def onednn_operator(namespace: str, name: str) -> Callable[..., Tensor] | None:
@@ -22,25 +23,16 @@ def onednn_operator(namespace: str, name: str) -> Callable[..., Tensor] | None:
     return getattr(getattr(torch.ops, namespace), name, None)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether products in bfloat16 are faster than in float32.
+def bfloat16_is_faster() -> bool:
+    """Whether convolutions are faster in bfloat16 than in float32.
 
-    Without instructions for them a convolution was seen to take three to five times as long, with the environment's
-    ONEDNN_MAX_CPU_ISA at AVX512_CORE_VNNI and at AVX2.
+    Without instructions for it they were seen to take three to five times as long, with the environment's
+    ONEDNN_MAX_CPU_ISA at AVX512_CORE_VNNI and at AVX2. With dot products of two numbers they take one and a half times
+    as long as the kernels in float32; with products of matrices (AMX) nobody has measured either.
     """
     if CAPABILITIES.get("architecture") != "x86_64":
         return True  # nobody has measured it
-    return CAPABILITIES["avx512_bf16"] or CAPABILITIES["amx_bf16"]
-
-
-def multiplies_int8(dtype: torch.dtype) -> bool:
-    """Whether there are dot products of 8 bits, for a convolution from features of this type to features of this type.
-
-    Without them sums of two products would go into 16 bits, which overflow. Of bfloat16 only AVX-512 can be made.
-    """
-    if CAPABILITIES.get("avx512_vnni", False):
-        return dtype in (torch.float32, torch.bfloat16)
-    return dtype == torch.float32 and CAPABILITIES.get("avx_vnni", False)
+    return CAPABILITIES["amx_bf16"] or (CAPABILITIES["avx512_bf16"] and LIBRARY is None)
 
 
 def numbers_alone(*tensors: Tensor) -> bool:
@@ -48,12 +40,15 @@ def numbers_alone(*tensors: Tensor) -> bool:
 
     Operators that are there for `torch.compile` know no autocast, trace, transform, tangent or special kind of tensor.
     """
+    return not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.enabled and are_plain(*tensors)
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether these lie on a CPU and what is done with them is done now, not traced, compiled or transformed."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
-        and torch.backends.mkldnn.enabled
         and all(is_plain(tensor) for tensor in tensors)
     )
 

@@ -1,153 +1,211 @@
-"""3x3 convolutions in float32 on a CPU with a quarter of the products, by Winograd's minimal filtering.
+"""3x3 convolutions on a CPU with a quarter of the products, by Winograd's minimal filtering (kernels/winograd.c).
 
-A picture is cut into tiles that overlap. Of each tile n x n numbers a channel are taken, linear in its pixels, and as
-many of the kernel; their products, summed over the channels, give 4 x 4 pixels of the result, linear again. With n = 6
-these are 36 products for 144. The result is off by three times as much as by plain sums, some 4e-6 of its size. Source:
-Lavin and Gray 2015, arXiv:1509.09308, section 4.3, F(4x4, 3x3). Shapes: B batch, C O channels in and out, H W sides, s
-side of a tile.
+The result is off by three times as much as by plain sums, some 4e-6 of its size. Shapes: B batch, C O channels in and
+out, H W sides, n numbers taken of a tile along an axis.
 """
 
-import math
-from collections.abc import Sequence
-from itertools import product
+import ctypes
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
-from .packed import PackedConv2d
-from .processor import onednn_operator
+from .kernels import LANES, LIBRARY, WORKSPACE, empty, run
+from .processor import are_plain, bfloat16_is_faster
 
-PACK = onednn_operator("mkldnn", "_reorder_convolution_weight")
-CONVOLVE = onednn_operator("mkldnn", "_convolution_pointwise")
-TILES = 64  # of a block: their numbers stay in the processor's cache, and those of the kernel are read seldom
-HEIGHTS = (8, 4, 16, 2, 32, 1, 64)  # of a block, in tiles; the first of those that need the fewest blocks
-MOST_COMPUTED = 1.15  # for each pixel that is asked for: blocks reach beyond a picture
+FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
+MOST_COMPUTED = 2  # for each pixel that is asked for: tiles reach beyond a picture
 PIXELS = 4  # of a side of what comes of a tile
 
-# A row of a tile, a row of a kernel and their product as polynomials, at 0, 1, -1, 2, -2 and infinity: equation 15.
-DOUBLE = {"dtype": torch.float64, "device": "cpu"}
-OF_TILE = torch.tensor(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    **DOUBLE,
-)
-OF_KERNEL = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], **DOUBLE) / 24
-TO_PIXELS = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], **DOUBLE)
 
+class WinogradConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1, of pictures `doubled` before (nearest neighbour) or not.
 
-class Filtering:
-    """What is taken of tiles and kernels and what it gives, by matrices for one axis: (n, s), (n, 3), (4, n)."""
-
-    def __init__(self, of_tile: Tensor, of_kernel: Tensor, to_pixels: Tensor):
-        self.numbers, self.side = of_tile.shape
-        self.step = self.side - 2  # from one tile to the next: a kernel reaches one pixel beyond on both sides
-        self.of_kernel = of_kernel
-        self.of_tile, self.to_pixels = of_tile.float(), to_pixels.float()
-
-
-class WinogradConv2d(PackedConv2d):
-    """A 3x3 convolution with padding 1 and the parameters of another, by tiles where that can be and pays.
-
-    For these it holds what is taken of its kernel, n * n numbers for nine weights.
+    It goes by tiles where that can be and pays, whether gradients are wanted or not, else it is as any other.
+    Without them it keeps what is taken of its kernel, n * n numbers for nine weights.
     """
 
-    filtering = Filtering(OF_TILE, OF_KERNEL, TO_PIXELS)
-    fewest_channels = 128  # in and out: with fewer, taking the numbers costs what the products save
+    def __init__(self, in_channels: int, out_channels: int, doubled: bool = False):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.doubled = doubled
+        self.packed: Tensor | None = None
+        self.packed_of: Tensor | None = None  # the `print_of` the weight
 
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__(convolution)
-        if (self.kernel_size, self.stride, self.padding) != ((3, 3), (1, 1), (1, 1)):
-            raise ValueError(f"{convolution} must be 3x3 with stride 1 and padding 1")
+    def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
+        """Features (B, C, H, W) to (B, O, H', W'), and to what is added, in the type of that.
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, C, H, W) to (B, O, H', W')."""
-        return self.by_tiles(features) if self.is_for_tiles(features) else self.plainly(features)
+        Under autocast, too, it is in float32 where it is by tiles.
+        """
+        if not self.is_for_tiles(features):
+            result = self.plainly(features)
+        elif wants_gradient(features, *self.given()):
+            result = ByTiles.apply(features.float(), self.weight, self.bias, self.doubled)
+        else:
+            given = features.float(), self.packed_now(), self.out_channels, self.bias, self.doubled
+            if added is not None and added.dtype == torch.float32 and are_plain(added) and not wants_gradient(added):
+                return convolve(*given, added)
+            result = convolve(*given)
+        return result if added is None else result.to(added.dtype).add_(added)
+
+    def plainly(self, features: Tensor) -> Tensor:
+        """As any convolution."""
+        return convolution(features, self.weight, self.bias, self.doubled)
 
     def is_for_tiles(self, features: Tensor) -> bool:
-        """Whether oneDNN is to multiply numbers of tiles: it can, and was seen to be faster so, on one thread."""
-        if min(self.in_channels, self.out_channels) < self.fewest_channels or None in (PACK, CONVOLVE):
+        """Whether the kernels are here, take these, and were seen to be faster."""
+        if LIBRARY is None or self.weight.dtype != torch.float32 or not is_for_tiles(features, *self.given()):
             return False
-        if not self.is_for_numbers(features) or torch.get_num_threads() > 1:
-            return False
-        if features.ndim != 4 or features.shape[1] != self.in_channels or not features.numel():
+        if features.ndim != 4 or features.shape[1] != self.in_channels or self.in_channels < LANES:
             return False  # what it means, or why it is refused, any convolution tells
-        down, across, _, _ = self.blocks_of(features)
-        computed = down * across * TILES * self.filtering.step**2
+        tiles = tiles_of(*features.shape[2:], self.doubled)
+        few = len(features) * tiles < FEWEST_TILES
+        return not few and tiles * (PIXELS >> self.doubled) ** 2 <= MOST_COMPUTED * features.shape[2:].numel()
+
+    def given(self) -> list[Tensor]:
+        """Weight and bias, whatever they are computed from."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def packed_now(self) -> Tensor:
+        """What is taken of the weight; made anew where that has changed."""
+        of_now = print_of(self.weight.detach())
+        if self.packed is None or not torch.equal(self.packed_of, of_now):
+            self.packed, self.packed_of = pack(self.weight.detach(), self.doubled), of_now
+        return self.packed
+
+    def _apply(self, *arguments: object, **options: object) -> Self:
+        self.packed = None  # it does not follow to another device or type
+        return super()._apply(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"packed": None}  # it need not travel
+
+
+def tiles_of(height: int, width: int, doubled: bool) -> int:
+    """That cover a picture."""
+    step = PIXELS >> doubled
+    return -(-height // step) * -(-width // step)
+
+
+def is_for_tiles(features: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels may take them: plain tensors, in a type that the processor does not multiply faster."""
+    faster = torch.is_autocast_enabled("cpu") and bfloat16_is_faster()
+    dtypes = [torch.float32, torch.bfloat16] if torch.is_autocast_enabled("cpu") else [torch.float32]
+    return features.dtype in dtypes and not faster and are_plain(features, *others)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def print_of(weight: Tensor) -> Tensor:
+    """A number of each output channel by which a change shows that is not rounding, whether PyTorch counts it or not.
+
+    Those through `.data`, in NumPy and by fused optimizers it does not count, nor any in inference mode.
+    """
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy of a kernel that lies as features do
+    return rows @ torch.arange(rows.shape[1], device=weight.device, dtype=torch.float32).cos()
+
+
+def convolution(features: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+    """The reference, by PyTorch's operators, which have gradients of every order."""
+    if not doubled:
+        return F.conv2d(features, weight, bias, padding=1)
+    # Of the nine pixels under a kernel those that repeat one pixel are equal, so their weights are added up beforehand:
+    # four products for nine.
+    weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # over 2x2 weights: (C, O, 4, 4)
+    return F.conv_transpose2d(features, sums, bias, stride=2, padding=1)
+
+
+class ByTiles(Function):
+    """The same by tiles, with gradients."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, doubled):
+        ctx.save_for_backward(features, weight, bias)
+        ctx.doubled = doubled
+        return convolve(features, pack(weight, doubled), len(weight), bias, doubled)
+
+    @staticmethod
+    def backward(ctx, towards):
+        wanted, (features, weight, bias) = ctx.needs_input_grad[:3], ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients of gradients are wanted
+            result = convolution(features, weight, bias, ctx.doubled)
+            inputs = [tensor for tensor, want in zip(ctx.saved_tensors, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(result, inputs, towards, create_graph=True))
+            return *(next(found) if want else None for want in wanted), None
         return (
-            features.dtype == self.weight.dtype == torch.float32
-            and computed <= MOST_COMPUTED * features.shape[2:].numel()
+            to_features(towards, weight, ctx.doubled) if wanted[0] else None,
+            to_weight(features, towards, ctx.doubled) if wanted[1] else None,
+            towards.sum((0, 2, 3)) if wanted[2] else None,
+            None,
         )
 
-    def blocks_of(self, features: Tensor) -> tuple[int, int, int, int]:
-        """A picture is cut into so many blocks, one below another and side by side, of so many tiles each way."""
-        down, across = (math.ceil(side / self.filtering.step) for side in features.shape[2:])  # tiles
-        cuts = [(math.ceil(down / high), math.ceil(across * high / TILES), high, TILES // high) for high in HEIGHTS]
-        return min(cuts, key=lambda cut: cut[0] * cut[1])
 
-    def by_tiles(self, features: Tensor) -> Tensor:
-        """Features (B, C, H, W) to (B, O, H', W') in channels last, block by block."""
-        down, across, height, width = self.blocks_of(features)
-        step = self.filtering.step
-        tall, wide = height * step, width * step
-        pixels = features.new_empty(len(features), down, height, PIXELS, across, width, PIXELS, self.out_channels)
-        (kernel,) = self.packed_for(features.shape)
-        for picture, into in zip(features.permute(0, 2, 3, 1), pixels, strict=True):
-            for row, column in product(range(down), range(across)):
-                block = cut_out(picture, row * tall - 1, column * wide - 1, tall + 2, wide + 2)
-                into[row, :, :, column] = self.of_tiles(block, kernel).transpose(1, 2)
-        pixels = pixels.flatten(4, 6).flatten(1, 3)  # (B, H', W', O), and what lies beyond
-        height, width = (side * PIXELS // step for side in features.shape[2:])
-        pixels = pixels[:, :height, :width].permute(0, 3, 1, 2)
-        return pixels.contiguous(memory_format=torch.channels_last)
-
-    def of_tiles(self, block: Tensor, kernel: Tensor) -> Tensor:
-        """A block and the pixels around it (H, W, C) to what comes of its tiles, (down, across, 4, 4, O)."""
-        side, step, numbers = self.filtering.side, self.filtering.step, self.filtering.numbers
-        columns = block.unfold(1, side, step).transpose(2, 3)  # (H, across, s, C)
-        columns = (self.filtering.of_tile @ columns).flatten(2)  # (H, across, n * C)
-        rows = columns.unfold(0, side, step).transpose(2, 3)  # (down, across, s, n * C)
-        products = self.products((self.filtering.of_tile @ rows).view(TILES, numbers**2, self.in_channels), kernel)
-        rows = self.filtering.to_pixels @ products.view(*rows.shape[:2], numbers, -1)  # (down, across, 4, n * O)
-        return self.filtering.to_pixels @ rows.unflatten(3, (numbers, self.out_channels))
-
-    def products(self, of_tiles: Tensor, kernel: Tensor) -> Tensor:
-        """Numbers (TILES, n * n, C) by those of the kernel, summed over channels: (TILES, n * n, O).
-
-        As a 1x1 convolution in groups, which oneDNN does at the rate of large products; MKL, to which PyTorch leaves
-        products of many matrices, takes twice as long on some processors.
-        """
-        groups = of_tiles.shape[1]
-        biases = of_tiles.new_zeros(groups, self.out_channels)
-        if self.bias is not None:
-            biases[self.filtering.numbers + 1] = self.bias  # the number at 1 of both axes goes to each pixel, once
-        row = of_tiles.view(1, 1, TILES, -1).permute(0, 3, 1, 2)  # of places, channels last
-        summed = CONVOLVE(row, kernel, biases.flatten(), *sizes(groups), "none", [], "")
-        return summed.permute(0, 2, 3, 1).reshape(TILES, groups, self.out_channels)
-
-    def pack(self, size: Sequence[int]) -> tuple[Tensor, ...]:
-        """The kernel's numbers (n * n * O, C, 1, 1), as oneDNN wants them for TILES places."""
-        of_kernel = self.filtering.of_kernel
-        numbers = torch.einsum("ia,ocab,jb->ijoc", of_kernel, self.weight.double(), of_kernel).float()
-        groups = len(of_kernel) ** 2
-        kernel = numbers.flatten(0, 2)[:, :, None, None]
-        return (PACK(kernel, *sizes(groups), [1, groups * self.in_channels, 1, TILES]),)
+def to_features(towards: Tensor, weight: Tensor, doubled: bool) -> Tensor:
+    """The gradient of features (B, C, H, W) from that of the result: a convolution by the kernel turned over."""
+    turned = weight.flip(2, 3).transpose(0, 1)
+    gradient = convolve(towards, pack(turned, doubled=False), len(turned))
+    return F.avg_pool2d(gradient, 2, divisor_override=1) if doubled else gradient
 
 
-def cut_out(picture: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Pixels (height, width, C) of a picture (H, W, C), which begins at 0, 0; zeros where it has none."""
-    part = picture[max(0, top) : top + height, max(0, left) : left + width]
-    above, before = max(0, -top), max(0, -left)
-    below, after = height - above - part.shape[0], width - before - part.shape[1]
-    return F.pad(part, (0, 0, before, after, above, below))
+class Shape(ctypes.Structure):
+    """How the kernels are told of pictures and channels."""
+
+    _fields_ = [
+        (name, ctypes.c_ssize_t) for name in ("pictures", "height", "width", "channels", "out_channels", "doubled")
+    ]
 
 
-def sizes(groups: int) -> tuple[object, ...]:
-    """Padding, stride, dilation and groups of a 1x1 convolution, as oneDNN is told them."""
-    return [0, 0], [1, 1], [1, 1], groups
+def filled(tensor: Tensor, *missing: int) -> Tensor:
+    """With so many zeros after each of the last dimensions, the last first; itself where there are none to add."""
+    return F.pad(tensor, [size for each in missing for size in (0, each)]) if any(missing) else tensor
+
+
+def laid_out(features: Tensor) -> Tensor:
+    """Features (B, C, H, W) as the kernels want them: (B, H, W, C) without gaps, C filled up to whole vectors."""
+    return filled(features.permute(0, 2, 3, 1), -features.shape[1] % LANES).contiguous()
+
+
+def pack(weight: Tensor, doubled: bool) -> Tensor:
+    """A weight (O, C, 3, 3) to what is taken of it, n * n * C * O numbers, with C and O filled up to whole vectors."""
+    weight = filled(weight.permute(2, 3, 1, 0), *(-size % LANES for size in weight.shape[:2])).contiguous()
+    shape = Shape(0, 0, 0, *weight.shape[2:], doubled)
+    packed = empty(run("winograd_numbers", shape))
+    run("winograd_pack", shape, weight, packed)
+    return packed
+
+
+def convolve(
+    features: Tensor,
+    packed: Tensor,
+    out_channels: int,
+    bias: Tensor | None = None,
+    doubled: bool = False,
+    added: Tensor | None = None,
+) -> Tensor:
+    """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
+    features, beyond, threads = laid_out(features), -out_channels % LANES, torch.get_num_threads()
+    batch, *sides, channels = features.shape
+    shape = Shape(batch, *sides, channels, out_channels + beyond, doubled)
+    bias = None if bias is None else filled(bias, beyond)
+    size = batch, out_channels, *(side << doubled for side in sides)
+    added = None if added is None else laid_out(added.expand(size))
+    result = empty(batch, out_channels + beyond, *size[2:], memory_format=torch.channels_last)
+    room = WORKSPACE.of(threads * run("winograd_room", shape))
+    run("winograd_convolve", shape, features, packed, bias, added, result, room, threads)
+    return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if beyond else result
+
+
+def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
+    """The gradient of the weight (O, C, 3, 3) from features and that of the result."""
+    channels, out_channels, threads = features.shape[1], towards.shape[1], torch.get_num_threads()
+    features, towards = laid_out(features), laid_out(towards)
+    shape = Shape(*features.shape, towards.shape[3], doubled)
+    weight = empty(3, 3, shape.channels, shape.out_channels)
+    sizes = [threads * run(count, shape) for count in ("winograd_numbers", "winograd_room")]
+    sums, room = WORKSPACE.of(sum(sizes))[: sum(sizes)].split(sizes)
+    run("winograd_weight_gradient", shape, features, towards, weight, sums, room, threads)
+    return weight[:, :, :channels, :out_channels].permute(3, 2, 0, 1)

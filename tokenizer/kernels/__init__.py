@@ -1,10 +1,11 @@
 """Kernels in C for x86 processors, built where the package is installed and there is a compiler.
 
 `LIBRARY` is None where they were not built, or the processor has neither AVX2 nor AVX-512: then all is done by PyTorch,
-and takes longer. A file in C has one Python file around it, which says what it computes by PyTorch's operators.
+and takes longer. Around each file in C is one in Python, which has the same by PyTorch's operators.
 """
 
 import ctypes
+import mmap
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from threading import local
@@ -12,32 +13,60 @@ from threading import local
 import torch
 from torch import Tensor
 
+LARGE = 2**22  # bytes, from which huge pages are asked for: new memory is 4096 bytes at a time otherwise, each a fault
+
 
 def library(name: str) -> ctypes.CDLL | None:
     """The kernels for processors with AVX2 or AVX-512, by these names in small letters."""
     for suffix in EXTENSION_SUFFIXES:
         file = Path(__file__).parent / (name + suffix)
         if file.exists():
-            return ctypes.CDLL(str(file))  # its threads are PyTorch's: both ask for the same libgomp
+            found = ctypes.CDLL(str(file))  # its threads are PyTorch's: both ask for the same libgomp
+            for count in ("lanes", "norm_room", "winograd_room", "winograd_numbers"):
+                getattr(found, count).restype = ctypes.c_ssize_t
+            return found
     return None
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's numbers lie; 0 for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+LIBRARY = library(torch.backends.cpu.get_cpu_capability().lower())
+LANES = LIBRARY.lanes() if LIBRARY else 0  # what the channels that they take are multiples of
+
+
+def run(kernel: str, *given: Tensor | ctypes.Structure | int | float | None) -> int:
+    """Call a kernel with the addresses of tensors and structures, sizes, and floats as doubles."""
+    return getattr(LIBRARY, kernel)(*map(as_argument, given))
+
+
+def as_argument(value: Tensor | ctypes.Structure | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_ssize_t(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return ctypes.c_void_p() if value is None else ctypes.byref(value)
+
+
+def empty(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Numbers for a kernel, whatever the process has as default type and device."""
+    tensor = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
+    if tensor.nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 class Workspace(local):
     """Memory for what lies between the steps of a kernel, kept from call to call, for each thread that calls."""
 
-    def __init__(self) -> None:
-        self.held = torch.empty(0)
+    held: Tensor | None = None
 
-    def of(self, floats: int) -> Tensor:
-        if len(self.held) < floats:
-            self.held = torch.empty(floats)
+    def of(self, count: int) -> Tensor:
+        """At least so many numbers."""
+        if self.held is None or len(self.held) < count:
+            self.held = empty(count)
         return self.held
 
 
-LIBRARY = library(torch.backends.cpu.get_cpu_capability().lower())
 WORKSPACE = Workspace()

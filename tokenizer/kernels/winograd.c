@@ -2,30 +2,23 @@
 
    A picture is cut into tiles that overlap. Of each tile n x n numbers a channel are taken, linear in its pixels, and as
    many of the kernel; their products, summed over the channels, give 4 x 4 pixels of the result, linear again. With
-   n = 6 these are 36 products for 144; where the picture is doubled first (nearest neighbour), one of six numbers is
-   always 0, and 25 are left. Source: Lavin and Gray 2015, arXiv:1509.09308, section 4.3 and equation 15.
+   n = 6 these are 36 products for 144; where the picture is doubled first (nearest neighbour), n = 5 and 25 are enough.
+   Source: Lavin and Gray 2015, arXiv:1509.09308, section 4.3, for the algorithm; Barabasz et al. 2018, arXiv:1803.10986,
+   for points that round less.
 
    Everything is float32 and channels last: pictures (B, H, W, C), kernels (3, 3, C, O), and C and O are multiples of V.
    The reference is torch's own convolution. */
 
 #include <omp.h>
-#include <stddef.h>
 #include <string.h>
 
-#ifdef __AVX512F__
-enum { V = 16 }; /* floats of a vector */
-#else
-enum { V = 8 };
-#endif
+#include "vectors.h"
+
 enum {
     ROWS = 4,    /* of a product that stay in registers, */
     COLUMNS = 4, /* and vectors of each: 16 sums hide the time that one takes */
-    TILES = 60   /* of a block; with powers of two its numbers would meet in the same places of the cache */
+    TILES = 44   /* of a block: its numbers stay in the cache, where with a power of two they would meet in the same places */
 };
-
-typedef ptrdiff_t size;
-typedef float vector __attribute__((vector_size(4 * V), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 
 /* Pictures, and how they are cut. */
 typedef struct {
@@ -41,78 +34,105 @@ INLINE size across(const shape *s) { return (s->width + step(s->doubled) - 1) / 
 INLINE size down(const shape *s) { return (s->height + step(s->doubled) - 1) / step(s->doubled); }
 INLINE size all_tiles(const shape *s) { return s->pictures * down(s) * across(s); }
 
-INLINE vector load(const float *from) { return *(const vector *)from; }
-INLINE void store(float *to, vector values) { *(vector *)to = values; }
+/* A row of a tile as a polynomial, at 0, P, -P, Q, -Q and infinity; of 17 sets of such points, all with few bits, this
+   one rounds least, half as much as 0, 1, -1, 2, -2. Of a doubled row d0 d1 d1 d2 d2 d3 the pixels need less:
+   g0 (d0 - d2), (g0 + g1 + g2) (d1 + d2) / 2, (g0 - g1 - g2) (d1 - d2) / 2, (g0 + g1 - g2) (d1 - d2) / 2, g2 (d1 - d3). */
+static const float P = 5 / 8., P2 = 25 / 64., P3 = 125 / 512., Q = 3 / 2., Q2 = 9 / 4., Q3 = 27 / 8.;
 
-/* A row of a tile as a polynomial, at 0, 1, -1, 2, -2 and infinity. */
 INLINE void of_tile(size doubled, const vector *d, vector *t) {
-    if (doubled) { /* the same of d0 d1 d1 d2 d2 d3 */
-        t[0] = 4 * d[0] - 5 * d[1] + d[2];
-        t[1] = 2 * d[2] - 8 * d[1];
-        t[2] = 3 * (d[2] - d[1]);
-        t[3] = d[1] - d[2];
-        t[4] = 4 * d[1] - 5 * d[2] + d[3];
-    } else {
-        vector even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1];
-        vector even2 = d[4] - d[2], odd2 = 2 * (d[3] - d[1]);
-        t[0] = 4 * d[0] - 5 * d[2] + d[4];
-        t[1] = even + odd;
-        t[2] = even - odd;
-        t[3] = even2 + odd2;
-        t[4] = even2 - odd2;
-        t[5] = 4 * d[1] - 5 * d[3] + d[5];
+    if (doubled) {
+        t[0] = d[0] - d[2];
+        t[1] = d[1] + d[2];
+        t[2] = t[3] = d[1] - d[2];
+        t[4] = d[1] - d[3];
+        return;
     }
+    vector even_p = d[4] - Q2 * d[2], odd_p = P * (d[3] - Q2 * d[1]);
+    vector even_q = d[4] - P2 * d[2], odd_q = Q * (d[3] - P2 * d[1]);
+    t[0] = P2 * Q2 * d[0] - (P2 + Q2) * d[2] + d[4];
+    t[1] = even_p + odd_p;
+    t[2] = even_p - odd_p;
+    t[3] = even_q + odd_q;
+    t[4] = even_q - odd_q;
+    t[5] = P2 * Q2 * d[1] - (P2 + Q2) * d[3] + d[5];
 }
 
 /* The same of a row of a kernel, */
 INLINE void of_kernel(size doubled, const vector *g, vector *t) {
-    vector at1 = (g[0] + g[2]) / -6, at2 = (g[0] + 4 * g[2]) / 24;
-    size n = 0;
-    t[n++] = g[0] / 4;
-    t[n++] = at1 - g[1] / 6;
-    if (!doubled) t[n++] = at1 + g[1] / 6;
-    t[n++] = at2 + g[1] / 12;
-    t[n++] = at2 - g[1] / 12;
-    t[n++] = g[2];
+    if (doubled) {
+        t[0] = g[0];
+        t[1] = (g[0] + g[1] + g[2]) / 2;
+        t[2] = (g[0] - g[1] - g[2]) / 2;
+        t[3] = (g[0] + g[1] - g[2]) / 2;
+        t[4] = g[2];
+        return;
+    }
+    vector even_p = (g[0] + P2 * g[2]) / (2 * P2 * (P2 - Q2)), odd_p = g[1] / (2 * P * (P2 - Q2));
+    vector even_q = (g[0] + Q2 * g[2]) / (2 * Q2 * (Q2 - P2)), odd_q = g[1] / (2 * Q * (Q2 - P2));
+    t[0] = g[0] / (P2 * Q2);
+    t[1] = even_p + odd_p;
+    t[2] = even_p - odd_p;
+    t[3] = even_q + odd_q;
+    t[4] = even_q - odd_q;
+    t[5] = g[2];
 }
 
 /* and from its gradient back to that of the row. */
 INLINE void to_kernel(size doubled, const vector *t, vector *g) {
-    vector none = {0}, minus1 = doubled ? none : t[2];
-    const vector *at2 = t + (doubled ? 2 : 3);
-    g[0] = t[0] / 4 - (t[1] + minus1) / 6 + (at2[0] + at2[1]) / 24;
-    g[1] = (minus1 - t[1]) / 6 + (at2[0] - at2[1]) / 12;
-    g[2] = (at2[0] + at2[1] - t[1] - minus1) / 6 + at2[2];
+    if (doubled) {
+        g[0] = t[0] + (t[1] + t[2] + t[3]) / 2;
+        g[1] = (t[1] - t[2] + t[3]) / 2;
+        g[2] = (t[1] - t[2] - t[3]) / 2 + t[4];
+        return;
+    }
+    vector even_p = (t[1] + t[2]) / (2 * P2 * (P2 - Q2)), odd_p = (t[1] - t[2]) / (2 * P * (P2 - Q2));
+    vector even_q = (t[3] + t[4]) / (2 * Q2 * (Q2 - P2)), odd_q = (t[3] - t[4]) / (2 * Q * (Q2 - P2));
+    g[0] = t[0] / (P2 * Q2) + even_p + even_q;
+    g[1] = odd_p + odd_q;
+    g[2] = P2 * even_p + Q2 * even_q + t[5];
 }
 
-/* From the product of both to the pixels of a row, */
+/* From the products of both to the pixels of a row, */
 INLINE void to_pixels(size doubled, const vector *t, vector *p) {
-    vector none = {0}, minus1 = doubled ? none : t[2];
-    const vector *at2 = t + (doubled ? 2 : 3);
-    vector sum = t[1] + minus1, difference = t[1] - minus1, sum2 = at2[0] + at2[1], difference2 = at2[0] - at2[1];
-    p[0] = t[0] + sum + sum2;
-    p[1] = difference + 2 * difference2;
-    p[2] = sum + 4 * sum2;
-    p[3] = difference + 8 * difference2 + at2[2];
+    if (doubled) {
+        p[0] = t[1] - t[2] + t[0];
+        p[1] = t[1] + t[3];
+        p[2] = t[1] + t[2];
+        p[3] = t[1] - t[3] - t[4];
+        return;
+    }
+    vector even_p = t[1] + t[2], odd_p = t[1] - t[2], even_q = t[3] + t[4], odd_q = t[3] - t[4];
+    p[0] = t[0] + even_p + even_q;
+    p[1] = P * odd_p + Q * odd_q;
+    p[2] = P2 * even_p + Q2 * even_q;
+    p[3] = P3 * odd_p + Q3 * odd_q + t[5];
 }
 
-/* and from their gradient back to that of the product. */
+/* and from their gradient back to that of the products. */
 INLINE void of_pixels(size doubled, const vector *p, vector *t) {
-    vector even = p[0] + p[2], odd = p[1] + p[3], even2 = p[0] + 4 * p[2], odd2 = 2 * p[1] + 8 * p[3];
-    size n = 0;
-    t[n++] = p[0];
-    t[n++] = even + odd;
-    if (!doubled) t[n++] = even - odd;
-    t[n++] = even2 + odd2;
-    t[n++] = even2 - odd2;
-    t[n++] = p[3];
+    if (doubled) {
+        t[0] = p[0];
+        t[1] = p[0] + p[1] + p[2] + p[3];
+        t[2] = p[2] - p[0];
+        t[3] = p[1] - p[3];
+        t[4] = -p[3];
+        return;
+    }
+    vector even_p = p[0] + P2 * p[2], odd_p = P * p[1] + P3 * p[3];
+    vector even_q = p[0] + Q2 * p[2], odd_q = Q * p[1] + Q3 * p[3];
+    t[0] = p[0];
+    t[1] = even_p + odd_p;
+    t[2] = even_p - odd_p;
+    t[3] = even_q + odd_q;
+    t[4] = even_q - odd_q;
+    t[5] = p[3];
 }
 
 typedef void along_axis(size doubled, const vector *from, vector *to);
 
 /* A linear map of one axis along both: rows x columns vectors to wide x wide. */
 INLINE void along_both(along_axis *map, size doubled, vector from[6][6], size tall, vector to[6][6], size wide) {
-    vector between[6][6], column[6], mapped[6];
+    vector between[6][6], column[6] = {0}, mapped[6];
     for (size y = 0; y < tall; y++) map(doubled, from[y], between[y]);
     for (size x = 0; x < wide; x++) {
         for (size y = 0; y < tall; y++) column[y] = between[y][x];
@@ -157,20 +177,30 @@ INLINE void take_pixels(const shape *s, size doubled, const float *towards, size
     take(of_pixels, doubled, picture, height, width, s->out, top, left, 4, reached, TILES * s->out);
 }
 
-/* The pixels of the result that come of a tile, from the sums. */
-INLINE void give_tile(const shape *s, size doubled, const float *sums, const float *bias, size tile, float *result) {
+/* The pixels of the result that come of a tile, from the sums; `bias` and `added`, pixels as the result has them, may be
+   missing. */
+INLINE void give_tile(const shape *s, size doubled, const float *sums, const float *bias, const float *added, size tile,
+                      float *result) {
     size n = numbers(doubled), place = tile % (down(s) * across(s)), apart = TILES * s->out;
     size height = s->height << doubled, width = s->width << doubled;
     size top = place / across(s) * 4, left = place % across(s) * 4;
     size tall = height - top < 4 ? height - top : 4, wide = width - left < 4 ? width - left : 4;
-    float *corner = result + ((tile / (down(s) * across(s)) * height + top) * width + left) * s->out;
+    int much = is_much(s->pictures * height * width * s->out);
+    size corner = ((tile / (down(s) * across(s)) * height + top) * width + left) * s->out;
     for (size c = 0; c < s->out; c += V) {
-        vector products[6][6], pixels[6][6], added = bias ? load(bias + c) : (vector){0};
+        vector products[6][6], pixels[6][6], more = bias ? load(bias + c) : (vector){0};
         for (size y = 0; y < n; y++)
             for (size x = 0; x < n; x++) products[y][x] = load(sums + (y * n + x) * apart + c);
         along_both(to_pixels, doubled, products, n, pixels, 4);
         for (size y = 0; y < tall; y++)
-            for (size x = 0; x < wide; x++) store(corner + (y * width + x) * s->out + c, pixels[y][x] + added);
+            for (size x = 0; x < wide; x++) {
+                size at = corner + (y * width + x) * s->out + c;
+                vector whole = added ? pixels[y][x] + more + load(added + at) : pixels[y][x] + more;
+                if (much)
+                    store_beyond(result + at, whole);
+                else
+                    store(result + at, whole);
+            }
     }
 }
 
@@ -214,7 +244,7 @@ INLINE void multiply_all(const float *left, size row, size next, const float *ri
 
 /* Tiles first ... last - 1: their numbers, the sums, the pixels. */
 INLINE void convolve_block(const shape *s, size doubled, const float *features, const float *kernel, const float *bias,
-                           float *result, size first, size last, float *room) {
+                           const float *added, float *result, size first, size last, float *room) {
     size n = numbers(doubled) * numbers(doubled);
     float *taken = room, *sums = room + n * TILES * s->in;
     for (size tile = first; tile < last; tile++)
@@ -223,7 +253,7 @@ INLINE void convolve_block(const shape *s, size doubled, const float *features, 
         multiply_all(taken + i * TILES * s->in, s->in, 1, kernel + i * s->in * s->out, 1, s->in,
                      sums + i * TILES * s->out, 0, last - first, s->out);
     for (size tile = first; tile < last; tile++)
-        give_tile(s, doubled, sums + (tile - first) * s->out, bias, tile, result);
+        give_tile(s, doubled, sums + (tile - first) * s->out, bias, added, tile, result);
 }
 
 /* Adds to the gradients of the kernel's numbers, n * n * (C, O), those of tiles first ... last - 1. */
@@ -267,8 +297,8 @@ void winograd_pack(const shape *s, const float *weight, float *kernel) {
 }
 
 /* Features to the result (B, H', W', O), each pixel the same whatever the other pictures and the threads. */
-void winograd_convolve(const shape *s, const float *features, const float *kernel, const float *bias, float *result,
-                       float *rooms, size threads) {
+void winograd_convolve(const shape *s, const float *features, const float *kernel, const float *bias, const float *added,
+                       float *result, float *rooms, size threads) {
     size tiles = all_tiles(s), each = (tiles + threads - 1) / threads;
     size block = each < TILES ? (each + ROWS - 1) / ROWS * ROWS : TILES;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -276,9 +306,9 @@ void winograd_convolve(const shape *s, const float *features, const float *kerne
         size last = first + block < tiles ? first + block : tiles;
         float *room = rooms + omp_get_thread_num() * winograd_room(s);
         if (s->doubled)
-            convolve_block(s, 1, features, kernel, bias, result, first, last, room);
+            convolve_block(s, 1, features, kernel, bias, added, result, first, last, room);
         else
-            convolve_block(s, 0, features, kernel, bias, result, first, last, room);
+            convolve_block(s, 0, features, kernel, bias, added, result, first, last, room);
     }
 }
 

@@ -1,0 +1,47 @@
+"""That the kernels are here where they can be, and the memory that they are given."""
+
+import platform
+import shutil
+import threading
+
+import pytest
+import torch
+
+from tokenizer.kernels import LANES, LARGE, LIBRARY, Workspace, empty, library
+
+X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@pytest.mark.skipif(not (X86 and shutil.which("cc")), reason="there is no compiler, or they are for other processors")
+def test_where_there_is_a_compiler_they_were_built():
+    """Else everything would still work, and take three times as long."""
+    assert LIBRARY is not None
+    assert {"AVX2": 8, "AVX512": 16}[torch.backends.cpu.get_cpu_capability()] == LANES
+    assert library("avx2").lanes() == 8
+
+
+def test_where_they_were_not_built_there_is_no_library():
+    assert library("default") is None
+
+
+@pytest.mark.parametrize("count", [0, 1, LARGE // 4 - 1, LARGE // 4, LARGE])
+def test_memory_is_that_of_any_tensor(count):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            tensor = empty(count, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((count, 1), torch.float32, "cpu")
+    assert tensor.fill_(1).sum() == count
+
+
+def test_each_thread_has_its_own_workspace_which_stays():
+    workspace, held = Workspace(), []
+    first = workspace.of(10)
+    assert workspace.of(5).data_ptr() == first.data_ptr()
+    assert len(workspace.of(20)) >= 20
+    thread = threading.Thread(target=lambda: held.append(workspace.of(20)))
+    thread.start()
+    thread.join()
+    assert held[0].data_ptr() != workspace.of(20).data_ptr()

@@ -1,0 +1,146 @@
+"""Group norm and SiLU by the kernel beside PyTorch's operators in float64."""
+
+import math
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from processes import run
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenizer import normalisation
+from tokenizer.kernels import LANES
+from tokenizer.normalisation import activated, is_for_kernel
+
+pytestmark = pytest.mark.skipif(not LANES, reason="the kernels were not built here")
+
+
+def norm_of(channels: int, groups: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, channels, eps=1e-6).eval()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def exactly(norm: nn.GroupNorm, features: Tensor) -> Tensor:
+    given = features.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps
+    return F.silu(F.group_norm(*given))
+
+
+@given(
+    batch=st.integers(1, 3),
+    vectors=st.integers(1, 4),
+    groups=st.sampled_from([1, 2, 8, LANES]),
+    sides=st.tuples(st.integers(1, 40), st.integers(1, 30)),
+    mean=st.sampled_from([0.0, 1e3]),
+    size=st.sampled_from([1e-2, 1.0, 30.0]),
+    in_planes=st.booleans(),
+)
+def test_it_is_group_norm_and_silu_and_so_are_its_gradients(batch, vectors, groups, sides, mean, size, in_planes):
+    torch.manual_seed(vectors)
+    channels = vectors * LANES
+    norm, features = norm_of(channels, groups), mean + size * torch.randn(batch, channels, *sides)
+    if not in_planes:
+        features = features.contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
+    assume(features.numel() > batch * groups)
+    assert is_for_kernel(norm, features)
+    found, expected = activated(norm, features), exactly(norm, features)
+    # A float32 around `mean` is `mean` * 2**-24 off, which matters as far as numbers lie near to each other.
+    spread = features.detach().unflatten(1, (groups, -1)).flatten(2).std(2, correction=0).min().item()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * max(1.0, mean / max(spread, 1e-3)))
+    towards, inputs = torch.randn_like(found), [features, *norm.parameters()]
+    gradients = torch.autograd.grad(found, inputs, towards)
+    by_pytorch = torch.autograd.grad(F.silu(norm(features)), inputs, towards)
+    for by_kernel, plain in zip(gradients, by_pytorch, strict=True):
+        assert torch.equal(by_kernel, plain)
+
+
+def test_silu_is_right_at_its_ends_and_carries_on_what_is_not_finite():
+    norm = nn.GroupNorm(LANES, LANES, eps=0.0).eval()
+    values = torch.tensor([-1e4, -200.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e30])
+    for value in values:
+        norm.bias.data.fill_(value)
+        found = activated(norm.requires_grad_(False), torch.tensor([-1.0, 1.0]).expand(1, LANES, 1, 2))
+        expected = F.silu(value.double() + torch.tensor([-1.0, 1.0], dtype=torch.float64))
+        torch.testing.assert_close(found[0, 0, 0].double(), expected, rtol=1e-6, atol=1e-33)
+    norm = nn.GroupNorm(LANES, LANES).eval()
+    for value in (math.nan, math.inf):
+        features = torch.zeros(2, LANES, 3, 3)
+        features[1, 0, 1, 1] = value
+        found = activated(norm, features)
+        assert found[1, 0].isnan().all()
+        assert found[1, 1:].isfinite().all()
+
+
+def test_no_picture_depends_on_those_beside_it_nor_on_gradients_nor_threads():
+    norm, features = norm_of(2 * LANES, 4), torch.randn(3, 2 * LANES, 20, 20)
+    expected, before = activated(norm, features), torch.get_num_threads()
+    assert torch.equal(activated(norm, features[1:2]), expected[1:2])
+    assert torch.equal(activated(norm.requires_grad_(False), features), expected)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(activated(norm, features), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_only_what_is_spare_is_written_over():
+    norm = norm_of(LANES, 2).requires_grad_(False)
+    features = torch.randn(1, LANES, 5, 5).contiguous(memory_format=torch.channels_last)
+    before = features.clone()
+    expected = activated(norm, features)
+    assert torch.equal(features, before)
+    found = activated(norm, features, spare=True)
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == features.data_ptr()
+    features.copy_(before).requires_grad_()
+    assert torch.equal(activated(norm, features, spare=True), expected)
+    assert torch.equal(features, before)
+
+
+def test_training_other_types_and_widths_and_autocast_are_left_to_pytorch():
+    norm, features = norm_of(LANES, 2), torch.randn(1, LANES, 5, 5)
+    assert is_for_kernel(norm, features)
+    assert not is_for_kernel(norm_of(LANES + 4, 2), torch.randn(1, LANES + 4, 5, 5))
+    assert not is_for_kernel(norm, features[0])
+    assert not is_for_kernel(norm, features[:0])
+    assert not is_for_kernel(norm_of(LANES, LANES), features[:, :, :1, :1])
+    assert not is_for_kernel(norm, features.double())
+    assert not is_for_kernel(norm_of(LANES, 2).bfloat16(), features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_for_kernel(norm, features)
+    expected = F.silu(norm(features))
+    assert not torch.equal(activated(norm, features), expected)
+    assert torch.equal(activated(norm.train(), features), expected)
+    assert torch.equal(torch.compile(activated, backend="eager", fullgraph=True)(norm.eval(), features), expected)
+
+
+LESSER = """
+import torch
+from tokenizer.kernels import LANES
+from tokenizer.normalisation import activated
+torch.manual_seed(0)
+norm, features = torch.nn.GroupNorm(4, 40).eval(), 3 * torch.randn(2, 40, 20, 30)
+found, expected = activated(norm, features), torch.nn.functional.silu(norm(features))
+print(LANES, (found - expected).abs().max().item(), torch.equal(found, expected))
+"""
+
+
+def test_the_kernel_for_lesser_processors_is_as_exact():
+    done = run([sys.executable, "-c", LESSER], PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY="avx2")
+    assert done.returncode == 0, done.stderr
+    lanes, difference, equal = done.stdout.split()
+    assert (lanes, equal) == ("8", "False")
+    assert float(difference) < 1e-5
+
+
+def test_where_the_kernels_were_not_built_it_is_as_pytorch_has_it(monkeypatch):
+    monkeypatch.setattr(normalisation, "LANES", 0)
+    norm, features = norm_of(LANES, 2), torch.randn(1, LANES, 5, 5)
+    assert torch.equal(activated(norm, features), F.silu(norm(features)))

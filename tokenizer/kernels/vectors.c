@@ -1,0 +1,4 @@
+#include "vectors.h"
+
+/* What the channels that a kernel takes are multiples of. */
+size lanes(void) { return V; }

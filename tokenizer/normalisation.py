@@ -1,0 +1,84 @@
+"""Group norm and SiLU, on a CPU in one go (kernels/norm.c). Shapes: B batch, C channels, H W sides."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .kernels import LANES, WORKSPACE, empty, run
+from .processor import are_plain
+
+
+def group_norm(channels: int, norm_groups: int) -> nn.Module:
+    """Group norm with `norm_groups` groups, or their greatest common divisor with `channels`; none where it is 0."""
+    return nn.GroupNorm(math.gcd(channels, norm_groups), channels, eps=1e-6) if norm_groups else nn.Identity()
+
+
+def activated(norm: nn.Module, features: Tensor, spare: bool = False) -> Tensor:
+    """SiLU of the normed features (B, C, H, W), by the kernel where it can be, but in training.
+
+    What is `spare` is not needed any more: without gradients its memory may be that of the result, as new memory takes
+    longer on a CPU.
+    """
+    if isinstance(norm, nn.GroupNorm) and not norm.training and is_for_kernel(norm, features):
+        given = features, norm.weight, norm.bias, norm.num_groups, norm.eps
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given[:3])
+        return NormedSiLU.apply(*given) if wanted else normed_silu(*given, spare)
+    normed = norm(features)
+    spare = (spare or normed is not features) and not torch.is_grad_enabled()
+    # A grid of one place would keep other strides than with gradients, and the next layer round in another way.
+    return F.silu(normed, inplace=spare and normed.shape[2:].numel() > 1)
+
+
+def is_for_kernel(norm: nn.GroupNorm, features: Tensor) -> bool:
+    """Whether the kernel is here and takes these."""
+    given = features, norm.weight, norm.bias
+    return (
+        LANES > 0
+        and features.ndim == 4
+        and features.shape[1] == norm.num_channels
+        and norm.num_channels % LANES == 0
+        and features.numel() > len(features) * norm.num_groups  # else PyTorch refuses to norm it
+        and not torch.is_autocast_enabled("cpu")
+        and all(tensor.dtype == torch.float32 for tensor in given)
+        and are_plain(*given)
+    )
+
+
+def normed_silu(
+    features: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, spare: bool = False
+) -> Tensor:
+    """Features (B, C, H, W) to the same in channels last, by the kernel; in their own memory where that is spare."""
+    features = features.contiguous(memory_format=torch.channels_last)
+    sizes = len(features), features.shape[2:].numel(), features.shape[1]
+    result = features if spare else empty(*features.shape, memory_format=torch.channels_last)
+    room = WORKSPACE.of(run("norm_room", *sizes))
+    run("norm_silu", features, weight, bias, result, *sizes, groups, epsilon, room, torch.get_num_threads())
+    return result
+
+
+class NormedSiLU(Function):
+    """The same with gradients, those of PyTorch's operators."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, groups, epsilon):
+        ctx.save_for_backward(features, weight, bias)
+        ctx.settings = groups, epsilon
+        return normed_silu(features, weight, bias, groups, epsilon)
+
+    @staticmethod
+    def backward(ctx, towards):
+        again = torch.is_grad_enabled()  # whether gradients of gradients are wanted
+        given = ctx.saved_tensors if again else [tensor.detach() for tensor in ctx.saved_tensors]
+        wanted = ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            groups, epsilon = ctx.settings
+            if not again:
+                for tensor, want in zip(given, wanted, strict=True):
+                    tensor.requires_grad_(want)
+            result = F.silu(F.group_norm(given[0], groups, *given[1:], epsilon))
+            inputs = [tensor for tensor, want in zip(given, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(result, inputs, towards, create_graph=again))
+        return *(next(found) if want else None for want in wanted), None, None

@@ -1,9 +1,9 @@
 """A step of training, images/s, beside a plain PyTorch loop with vector-quantize-pytorch's layer.
 
 Ours is the step of train/vqvae.py with the settings of each model. The peer has the same encoder and decoder with the
-same weights, its layer as its README shows it for images, squared error and AdamW: in float32, in channels_last, and
-with bfloat16 besides; its best of all is the second that ours is held against. Floors of arithmetic and memory stand
-beside the step, by rates of the same rounds, and the loader alone.
+same weights, of PyTorch's own convolutions, its layer as its README shows it for images, squared error and AdamW: in
+float32, in channels_last, and with bfloat16 besides; its best of all is the second that ours is held against. Floors of
+arithmetic and memory stand beside the step, by rates of the same rounds, and the loader alone.
 Shapes: B batch, S image side.
 """
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from tokenizer import ImageTokenizer
+from tokenizer.winograd import WinogradConv2d
 from train.checkpoint import RunFolder
 from train.config import parse
 from train.data import Batch, training_batches
@@ -204,11 +205,14 @@ def clocked(places: dict[str, list[tuple[Any, str]]]) -> Iterator[dict[str, floa
 
 
 class Peer(nn.Module):
-    """The same encoder and decoder around vector-quantize-pytorch's layer, and a plain loop's step of them."""
+    """The same encoder and decoder, of PyTorch's layers, around vector-quantize-pytorch's, and a plain loop's step."""
 
     def __init__(self, ours: ImageTokenizer, run: TokenizerRun, channels_last: bool = False, bfloat16: bool = False):
         super().__init__()
         self.autoencoder, self.bfloat16 = deepcopy(ours.autoencoder), bfloat16
+        for layer in self.autoencoder.modules():
+            if isinstance(layer, WinogradConv2d):
+                layer.is_for_tiles = lambda features: False  # PyTorch's own convolutions
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         size = ours.quantizer.num_codes
         layer = VectorQuantize(ours.config.codebook_dim, size, decay=0.8, commitment_weight=1.0, accept_image_fmap=True)

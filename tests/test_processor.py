@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenizer import processor
-from tokenizer.processor import bfloat16_is_faster
+from tokenizer.processor import bfloat16_is_faster, multiplies_bfloat16
 
 OLD = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 
@@ -23,6 +23,7 @@ def test_bfloat16_is_faster_where_there_are_instructions_for_it_and_no_kernels(
     told, with_kernels, without, monkeypatch
 ):
     monkeypatch.setattr(processor, "CAPABILITIES", told)
+    assert multiplies_bfloat16() == without
     for library, expected in ((object(), with_kernels), (None, without)):
         monkeypatch.setattr(processor, "LIBRARY", library)
         assert bfloat16_is_faster() == expected

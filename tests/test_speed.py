@@ -209,7 +209,7 @@ def test_what_convolutions_hold_beside_their_weights_is_counted():
     assert speed_codec.second_kernels(convolution) == 0  # it has met no picture
     if LIBRARY is not None:
         convolution(torch.randn(1, 32, 16, 16))
-        assert speed_codec.second_kernels(convolution) == 36 * 32 * 16 * 4
+        assert 36 * 32 * 16 * 4 <= speed_codec.second_kernels(convolution) <= 36 * (32 * 16 + LANES) * 4
 
 
 def test_what_is_left_of_the_tokenizers_speed_is_put_into_the_table():
@@ -233,7 +233,7 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
         with torch.no_grad():
             work = floors.work_of(lambda: convolution(activated(norm, features)))
         of_kernel, of_picture = 36 * LANES * 2 * LANES, 256 * LANES
-        assert work.operations == {torch.float32: 2 * 16 * of_kernel + 2 * 9 * LANES * 2 * LANES}  # and its print
+        assert work.operations == {torch.float32: 2 * 16 * of_kernel}
         assert work.bytes >= 4 * (of_kernel + 2 * of_picture + 3 * of_picture)
         both_ways = floors.work_of(lambda: convolution(features).sum().backward())
         assert both_ways.operations == {torch.float32: 3 * 2 * 16 * of_kernel}
@@ -251,7 +251,7 @@ def test_floors_are_what_the_rates_make_of_the_work():
     expected = {"float32": count / 0.5, "bfloat16": count / 0.25, "bytes": 2 * 2**20}
     assert rates == pytest.approx(expected, 1e-3)
     work = floors.Work()
-    work.operations.update({torch.float32: count, torch.bfloat16: count, torch.uint8: count})
+    work.operations.update({torch.float32: count, torch.bfloat16: 2 * count})
     work.bytes = 2**20
     allowed = floors.floors(work, rates, 3)
     assert allowed == pytest.approx({"arithmetic": 3 / 1.0, "memory": 3 / 0.5}, 1e-3)

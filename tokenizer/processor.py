@@ -23,16 +23,23 @@ def onednn_operator(namespace: str, name: str) -> Callable[..., Tensor] | None:
     return getattr(getattr(torch.ops, namespace), name, None)
 
 
-def bfloat16_is_faster() -> bool:
-    """Whether convolutions are faster in bfloat16 than in float32.
+def multiplies_bfloat16() -> bool:
+    """Whether products in bfloat16 are faster than in float32.
 
-    Without instructions for it they were seen to take three to five times as long, with the environment's
-    ONEDNN_MAX_CPU_ISA at AVX512_CORE_VNNI and at AVX2. With dot products of two numbers they take one and a half times
-    as long as the kernels in float32; with products of matrices (AMX) nobody has measured either.
+    Without instructions for them a convolution was seen to take three to five times as long, with the environment's
+    ONEDNN_MAX_CPU_ISA at AVX512_CORE_VNNI and at AVX2.
     """
     if CAPABILITIES.get("architecture") != "x86_64":
         return True  # nobody has measured it
-    return CAPABILITIES["amx_bf16"] or (CAPABILITIES["avx512_bf16"] and LIBRARY is None)
+    return CAPABILITIES["avx512_bf16"] or CAPABILITIES["amx_bf16"]
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether convolutions are, too: with dot products alone they take half as long again as the kernels in float32.
+
+    With products of matrices (AMX) nobody has measured either.
+    """
+    return multiplies_bfloat16() and (LIBRARY is None or CAPABILITIES.get("amx_bf16", True))
 
 
 def numbers_alone(*tensors: Tensor) -> bool:

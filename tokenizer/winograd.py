@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, LIBRARY, WORKSPACE, empty, run
+from .kernels import LANES, LIBRARY, WORKSPACE, Workspace, empty, run
 from .processor import are_plain, bfloat16_is_faster
 
 FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
@@ -126,7 +126,7 @@ class ByTiles(Function):
     def forward(ctx, features, weight, bias, doubled):
         ctx.save_for_backward(features, weight, bias)
         ctx.doubled = doubled
-        return convolve(features, pack(weight, doubled), len(weight), bias, doubled)
+        return convolve(features, pack(weight, doubled, into=PASSING), len(weight), bias, doubled)
 
     @staticmethod
     def backward(ctx, towards):
@@ -146,35 +146,55 @@ class ByTiles(Function):
 
 def to_features(towards: Tensor, weight: Tensor, doubled: bool) -> Tensor:
     """The gradient of features (B, C, H, W) from that of the result: a convolution by the kernel turned over."""
-    turned = weight.flip(2, 3).transpose(0, 1)
-    gradient = convolve(towards, pack(turned, doubled=False), len(turned))
+    gradient = convolve(towards, pack(weight.transpose(0, 1), turned=True, into=PASSING), weight.shape[1])
     return F.avg_pool2d(gradient, 2, divisor_override=1) if doubled else gradient
 
 
 class Shape(ctypes.Structure):
-    """How the kernels are told of pictures and channels."""
+    """How the kernels are told of pictures, and of channels that fill whole vectors."""
 
     _fields_ = [
         (name, ctypes.c_ssize_t) for name in ("pictures", "height", "width", "channels", "out_channels", "doubled")
     ]
 
+    @property
+    def numbers(self) -> int:
+        """That are taken of a tile and of a kernel, n * n."""
+        return 25 if self.doubled else 36
 
-def filled(tensor: Tensor, *missing: int) -> Tensor:
-    """With so many zeros after each of the last dimensions, the last first; itself where there are none to add."""
-    return F.pad(tensor, [size for each in missing for size in (0, each)]) if any(missing) else tensor
+    @property
+    def tiles(self) -> int:
+        """Of all pictures."""
+        return self.pictures * tiles_of(self.height, self.width, self.doubled)
+
+    def room(self, threads: int) -> int:
+        """Floats that lie between the steps."""
+        return threads * self.numbers * TILES * (self.channels + self.out_channels)
+
+
+Steps = ctypes.c_ssize_t * 4
+PASSING = Workspace()  # for what is taken of a weight that changes at every step
+TILES = run("winograd_tiles") if LIBRARY else 0  # of a block
+
+
+def filled(size: int) -> int:
+    """The next multiple of LANES."""
+    return size + -size % LANES
 
 
 def laid_out(features: Tensor) -> Tensor:
     """Features (B, C, H, W) as the kernels want them: (B, H, W, C) without gaps, C filled up to whole vectors."""
-    return filled(features.permute(0, 2, 3, 1), -features.shape[1] % LANES).contiguous()
+    features, missing = features.permute(0, 2, 3, 1), -features.shape[1] % LANES
+    return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
-def pack(weight: Tensor, doubled: bool) -> Tensor:
-    """A weight (O, C, 3, 3) to what is taken of it, n * n * C * O numbers, with C and O filled up to whole vectors."""
-    weight = filled(weight.permute(2, 3, 1, 0), *(-size % LANES for size in weight.shape[:2])).contiguous()
-    shape = Shape(0, 0, 0, *weight.shape[2:], doubled)
-    packed = empty(run("winograd_numbers", shape))
-    run("winograd_pack", shape, weight, packed)
+def pack(weight: Tensor, doubled: bool = False, turned: bool = False, into: Workspace | None = None) -> Tensor:
+    """A weight (O, C, 3, 3), turned over or not, to what is taken of it, filled up to whole vectors."""
+    out_channels, channels = weight.shape[:2]
+    shape = Shape(0, 0, 0, filled(channels), filled(out_channels), doubled)
+    count = run("winograd_numbers", shape)
+    packed = empty(count) if into is None else into.of(count)
+    run("winograd_pack", shape, weight, channels, out_channels, Steps(*weight.stride()), turned, packed)
     return packed
 
 
@@ -187,16 +207,16 @@ def convolve(
     added: Tensor | None = None,
 ) -> Tensor:
     """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
-    features, beyond, threads = laid_out(features), -out_channels % LANES, torch.get_num_threads()
-    batch, *sides, channels = features.shape
-    shape = Shape(batch, *sides, channels, out_channels + beyond, doubled)
-    bias = None if bias is None else filled(bias, beyond)
-    size = batch, out_channels, *(side << doubled for side in sides)
+    features, threads = laid_out(features), torch.get_num_threads()
+    batch, height, width, channels = features.shape
+    shape = Shape(batch, height, width, channels, filled(out_channels), doubled)
+    size = batch, out_channels, height << doubled, width << doubled
+    result = empty(batch, shape.out_channels, *size[2:], memory_format=torch.channels_last)
     added = None if added is None else laid_out(added.expand(size))
-    result = empty(batch, out_channels + beyond, *size[2:], memory_format=torch.channels_last)
-    room = WORKSPACE.of(threads * run("winograd_room", shape))
-    run("winograd_convolve", shape, features, packed, bias, added, result, room, threads)
-    return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if beyond else result
+    missing = shape.out_channels - out_channels
+    bias = F.pad(bias, (0, missing)) if missing and bias is not None else bias
+    run("winograd_convolve", shape, features, packed, bias, added, result, WORKSPACE.of(shape.room(threads)), threads)
+    return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
 
 def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
@@ -204,8 +224,8 @@ def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
     channels, out_channels, threads = features.shape[1], towards.shape[1], torch.get_num_threads()
     features, towards = laid_out(features), laid_out(towards)
     shape = Shape(*features.shape, towards.shape[3], doubled)
-    weight = empty(3, 3, shape.channels, shape.out_channels)
-    sizes = [threads * run(count, shape) for count in ("winograd_numbers", "winograd_room")]
-    sums, room = WORKSPACE.of(sum(sizes))[: sum(sizes)].split(sizes)
+    sums, room = threads * run("winograd_numbers", shape), shape.room(threads)
+    sums, room = WORKSPACE.of(sums + room)[: sums + room].split([sums, room])
+    weight = empty(shape.out_channels, shape.channels, 3, 3, memory_format=torch.channels_last)
     run("winograd_weight_gradient", shape, features, towards, weight, sums, room, threads)
-    return weight[:, :, :channels, :out_channels].permute(3, 2, 0, 1)
+    return weight[:out_channels, :channels]

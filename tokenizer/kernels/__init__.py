@@ -22,7 +22,7 @@ def library(name: str) -> ctypes.CDLL | None:
         file = Path(__file__).parent / (name + suffix)
         if file.exists():
             found = ctypes.CDLL(str(file))  # its threads are PyTorch's: both ask for the same libgomp
-            for count in ("lanes", "norm_room", "winograd_room", "winograd_numbers"):
+            for count in ("lanes", "norm_room", "winograd_numbers", "winograd_tiles"):
                 getattr(found, count).restype = ctypes.c_ssize_t
             return found
     return None
@@ -44,7 +44,7 @@ def as_argument(value: Tensor | ctypes.Structure | int | float | None) -> object
         return ctypes.c_ssize_t(value)
     if isinstance(value, float):
         return ctypes.c_double(value)
-    return ctypes.c_void_p() if value is None else ctypes.byref(value)
+    return ctypes.c_void_p() if value is None else ctypes.byref(value)  # of a structure or an array
 
 
 def empty(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:

@@ -6,7 +6,7 @@
    Source: Lavin and Gray 2015, arXiv:1509.09308, section 4.3, for the algorithm; Barabasz et al. 2018, arXiv:1803.10986,
    for points that round less.
 
-   Everything is float32 and channels last: pictures (B, H, W, C), kernels (3, 3, C, O), and C and O are multiples of V.
+   Everything is float32; pictures are channels last, (B, H, W, C), and C and O are multiples of V.
    The reference is torch's own convolution. */
 
 #include <omp.h>
@@ -20,12 +20,15 @@ enum {
     TILES = 44   /* of a block: its numbers stay in the cache, where with a power of two they would meet in the same places */
 };
 
-/* Pictures, and how they are cut. */
+/* Pictures, and how they are cut. C and O are filled up with 0 to whole vectors. */
 typedef struct {
     size pictures, height, width; /* of what comes in */
     size in, out;                 /* channels */
     size doubled;                 /* 0, or 1: upsampled before */
 } shape;
+
+/* Floats from one number of all kernels to the next: not by a power of two, which would meet in one place of the cache. */
+INLINE size apart(const shape *s) { return s->in * s->out + V; }
 
 INLINE size numbers(size doubled) { return doubled ? 5 : 6; } /* of an axis */
 INLINE size side(size doubled) { return doubled ? 4 : 6; }    /* of a tile, in pixels */
@@ -163,10 +166,10 @@ INLINE void take(along_axis *map, size doubled, const float *picture, size heigh
 }
 
 INLINE void take_tile(const shape *s, size doubled, const float *features, size tile, float *taken) {
-    size place = tile % (down(s) * across(s)), apart = TILES * s->in;
+    size place = tile % (down(s) * across(s));
     size top = place / across(s) * step(doubled) - 1, left = place % across(s) * step(doubled) - 1;
     const float *picture = features + tile / (down(s) * across(s)) * s->height * s->width * s->in;
-    take(of_tile, doubled, picture, s->height, s->width, s->in, top, left, side(doubled), taken, apart);
+    take(of_tile, doubled, picture, s->height, s->width, s->in, top, left, side(doubled), taken, TILES * s->in);
 }
 
 /* What `give_tile` goes back to: the gradients of the pixels that come of a tile to those of the sums. */
@@ -181,7 +184,7 @@ INLINE void take_pixels(const shape *s, size doubled, const float *towards, size
    missing. */
 INLINE void give_tile(const shape *s, size doubled, const float *sums, const float *bias, const float *added, size tile,
                       float *result) {
-    size n = numbers(doubled), place = tile % (down(s) * across(s)), apart = TILES * s->out;
+    size n = numbers(doubled), place = tile % (down(s) * across(s)), beyond = TILES * s->out;
     size height = s->height << doubled, width = s->width << doubled;
     size top = place / across(s) * 4, left = place % across(s) * 4;
     size tall = height - top < 4 ? height - top : 4, wide = width - left < 4 ? width - left : 4;
@@ -190,7 +193,7 @@ INLINE void give_tile(const shape *s, size doubled, const float *sums, const flo
     for (size c = 0; c < s->out; c += V) {
         vector products[6][6], pixels[6][6], more = bias ? load(bias + c) : (vector){0};
         for (size y = 0; y < n; y++)
-            for (size x = 0; x < n; x++) products[y][x] = load(sums + (y * n + x) * apart + c);
+            for (size x = 0; x < n; x++) products[y][x] = load(sums + (y * n + x) * beyond + c);
         along_both(to_pixels, doubled, products, n, pixels, 4);
         for (size y = 0; y < tall; y++)
             for (size x = 0; x < wide; x++) {
@@ -242,6 +245,9 @@ INLINE void multiply_all(const float *left, size row, size next, const float *ri
     }
 }
 
+/* Floats of a thread's workspace. */
+INLINE size room_of(const shape *s) { return numbers(s->doubled) * numbers(s->doubled) * TILES * (s->in + s->out); }
+
 /* Tiles first ... last - 1: their numbers, the sums, the pixels. */
 INLINE void convolve_block(const shape *s, size doubled, const float *features, const float *kernel, const float *bias,
                            const float *added, float *result, size first, size last, float *room) {
@@ -250,13 +256,13 @@ INLINE void convolve_block(const shape *s, size doubled, const float *features, 
     for (size tile = first; tile < last; tile++)
         take_tile(s, doubled, features, tile, taken + (tile - first) * s->in);
     for (size i = 0; i < n; i++)
-        multiply_all(taken + i * TILES * s->in, s->in, 1, kernel + i * s->in * s->out, 1, s->in,
+        multiply_all(taken + i * TILES * s->in, s->in, 1, kernel + i * apart(s), 1, s->in,
                      sums + i * TILES * s->out, 0, last - first, s->out);
     for (size tile = first; tile < last; tile++)
         give_tile(s, doubled, sums + (tile - first) * s->out, bias, added, tile, result);
 }
 
-/* Adds to the gradients of the kernel's numbers, n * n * (C, O), those of tiles first ... last - 1. */
+/* Adds to the gradients of the kernel's numbers, n * n * (O, C), those of tiles first ... last - 1. */
 INLINE void gradient_block(const shape *s, size doubled, const float *features, const float *towards, size first,
                            size last, float *gradients, float *room) {
     size n = numbers(doubled) * numbers(doubled);
@@ -266,33 +272,40 @@ INLINE void gradient_block(const shape *s, size doubled, const float *features, 
         take_pixels(s, doubled, towards, tile, reached + (tile - first) * s->out);
     }
     for (size i = 0; i < n; i++)
-        multiply_all(taken + i * TILES * s->in, 1, s->in, reached + i * TILES * s->out, 0, last - first,
-                     gradients + i * s->in * s->out, 1, s->in, s->out);
+        multiply_all(reached + i * TILES * s->out, 1, s->out, taken + i * TILES * s->in, 0, last - first,
+                     gradients + i * apart(s), 1, s->out, s->in);
 }
 
-/* Floats that each thread needs for itself. */
-size winograd_room(const shape *s) {
-    size n = numbers(s->doubled) * numbers(s->doubled);
-    return n * TILES * (s->in + s->out);
-}
+/* Floats of n * n numbers of all kernels. */
+size winograd_numbers(const shape *s) { return numbers(s->doubled) * numbers(s->doubled) * apart(s); }
 
-/* Floats that a kernel's numbers take. */
-size winograd_numbers(const shape *s) { return numbers(s->doubled) * numbers(s->doubled) * s->in * s->out; }
+/* Of each thread's workspace, which holds n * n * (C + O) numbers of so many tiles. */
+size winograd_tiles(void) { return TILES; }
 
-/* A weight (3, 3, C, O) as `winograd_convolve` wants it: for each of the n * n numbers (C, O), packed. */
-void winograd_pack(const shape *s, const float *weight, float *kernel) {
-    size n = numbers(s->doubled), every = s->in * s->out;
-    for (size c = 0; c < s->in; c++)
-        for (size o = 0; o < s->out; o += V) {
+/* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it: for
+   each of the n * n numbers (C, O) in panels, filled up with 0 to whole vectors. It may be `turned` over. */
+void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned, float *kernel) {
+    size n = numbers(s->doubled);
+    for (size o = 0; o < s->out; o += V)
+        for (size c = 0; c < s->in; c++) {
             vector row[6][6], mapped[6][6];
             size panel = o / (COLUMNS * V) * (COLUMNS * V);
             size wide = s->out - panel < COLUMNS * V ? s->out - panel : COLUMNS * V;
             float *to = kernel + panel * s->in + c * wide + o - panel;
             for (size y = 0; y < 3; y++)
-                for (size x = 0; x < 3; x++) row[y][x] = load(weight + (y * 3 + x) * every + c * s->out + o);
+                for (size x = 0; x < 3; x++) {
+                    const float *from = weight + o * steps[0] + c * steps[1];
+                    from += (turned ? 2 - y : y) * steps[2] + (turned ? 2 - x : x) * steps[3];
+                    row[y][x] = (vector){0};
+                    if (c < in && o + V <= out && steps[0] == 1)
+                        row[y][x] = load(from);
+                    else
+                        for (size lane = 0; c < in && lane < V && o + lane < out; lane++)
+                            row[y][x][lane] = from[lane * steps[0]];
+                }
             along_both(of_kernel, s->doubled, row, 3, mapped, n);
             for (size y = 0; y < n; y++)
-                for (size x = 0; x < n; x++) store(to + (y * n + x) * every, mapped[y][x]);
+                for (size x = 0; x < n; x++) store(to + (y * n + x) * apart(s), mapped[y][x]);
         }
 }
 
@@ -304,7 +317,7 @@ void winograd_convolve(const shape *s, const float *features, const float *kerne
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size first = 0; first < tiles; first += block) {
         size last = first + block < tiles ? first + block : tiles;
-        float *room = rooms + omp_get_thread_num() * winograd_room(s);
+        float *room = rooms + omp_get_thread_num() * room_of(s);
         if (s->doubled)
             convolve_block(s, 1, features, kernel, bias, added, result, first, last, room);
         else
@@ -312,15 +325,15 @@ void winograd_convolve(const shape *s, const float *features, const float *kerne
     }
 }
 
-/* The gradient (3, 3, C, O) of a weight from that of the result. `gradients` holds `winograd_numbers` for each thread;
+/* The gradient (O, 3, 3, C) of a weight from that of the result. `gradients` holds n * n * C * O numbers for each thread;
    which tiles are whose is fixed, and so is the sum for a number of threads. */
 void winograd_weight_gradient(const shape *s, const float *features, const float *towards, float *weight,
                               float *gradients, float *rooms, size threads) {
     size tiles = all_tiles(s), each = (tiles + threads - 1) / threads, n = numbers(s->doubled);
-    size every = s->in * s->out, held = winograd_numbers(s);
+    size held = n * n * apart(s);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size thread = 0; thread < threads; thread++) {
-        float *sums = gradients + thread * held, *room = rooms + thread * winograd_room(s);
+        float *sums = gradients + thread * held, *room = rooms + thread * room_of(s);
         size end = (thread + 1) * each < tiles ? (thread + 1) * each : tiles;
         memset(sums, 0, held * sizeof(float));
         for (size first = thread * each; first < end; first += TILES) {
@@ -332,16 +345,17 @@ void winograd_weight_gradient(const shape *s, const float *features, const float
         }
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (size place = 0; place < every; place += V) {
-        vector mapped[6][6], row[6][6];
-        for (size y = 0; y < n; y++)
-            for (size x = 0; x < n; x++) {
-                const float *from = gradients + (y * n + x) * every + place;
-                mapped[y][x] = load(from);
-                for (size thread = 1; thread < threads; thread++) mapped[y][x] += load(from + thread * held);
-            }
-        along_both(to_kernel, s->doubled, mapped, n, row, 3);
-        for (size y = 0; y < 3; y++)
-            for (size x = 0; x < 3; x++) store(weight + (y * 3 + x) * every + place, row[y][x]);
-    }
+    for (size o = 0; o < s->out; o++)
+        for (size c = 0; c < s->in; c += V) {
+            vector mapped[6][6], row[6][6];
+            for (size y = 0; y < n; y++)
+                for (size x = 0; x < n; x++) {
+                    const float *from = gradients + (y * n + x) * apart(s) + o * s->in + c;
+                    mapped[y][x] = load(from);
+                    for (size thread = 1; thread < threads; thread++) mapped[y][x] += load(from + thread * held);
+                }
+            along_both(to_kernel, s->doubled, mapped, n, row, 3);
+            for (size y = 0; y < 3; y++)
+                for (size x = 0; x < 3; x++) store(weight + ((o * 3 + y) * 3 + x) * s->in + c, row[y][x]);
+        }
 }

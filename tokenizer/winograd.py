@@ -5,6 +5,7 @@ out, H W sides, n numbers taken of a tile along an axis.
 """
 
 import ctypes
+from functools import cache
 from typing import Self
 
 import torch
@@ -105,7 +106,14 @@ def print_of(weight: Tensor) -> Tensor:
     Those through `.data`, in NumPy and by fused optimizers it does not count, nor any in inference mode.
     """
     rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy of a kernel that lies as features do
-    return rows @ torch.arange(rows.shape[1], device=weight.device, dtype=torch.float32).cos()
+    return rows @ waves(rows.shape[1])
+
+
+@cache
+def waves(count: int) -> Tensor:
+    """Numbers of which no few are multiples of others."""
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.float32, device="cpu").cos()
 
 
 def convolution(features: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:

@@ -1,0 +1,141 @@
+"""A step of `Decoder` by one kernel in C: float32 and bfloat16 on an x86 processor, where the kernels were built.
+
+The same up to rounding, and a row is the same to the bit whatever the others and the threads. In bfloat16 the stream
+between the blocks and the cache are float32, and so are the weights where the processor has no dot products of that type.
+Shapes: as in decoding.py; L blocks, V words.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenizer.kernels import LIBRARY, WORKSPACE, address
+from tokenizer.processor import multiplies_bfloat16, numbers_alone
+
+from .decoding import Decoder, turning, weight_after
+from .transformer import NORM_EPS, Transformer, rotary_angles
+
+PANEL = 64  # columns of a matrix that lie together,
+GROUP = 16  # and positions of which the keys do: the widest vector
+WIDEST_HEAD = 256
+
+
+class Shape(ctypes.Structure):
+    """`shape` in decoding.c."""
+
+    NAMES = ("batch", "layers", "heads", "head_width", "inner", "vocab", "capacity", "halves")
+    _fields_ = tuple((name, ctypes.c_ssize_t) for name in NAMES)
+
+
+class FusedCaches:
+    """Keys and values of all blocks, as the kernel reads them; of one block as what a pass over a prefix fills."""
+
+    def __init__(self, num_blocks: int, rows: int, capacity: int, head_width: int):
+        groups = -(-capacity // GROUP)
+        self.keys = torch.empty(num_blocks, rows, groups, head_width, GROUP)
+        self.values = torch.empty(num_blocks, rows, capacity, filled(head_width, GROUP))
+
+    def __getitem__(self, block: int) -> "FusedCache":
+        return FusedCache(self.keys[block], self.values[block])
+
+
+class FusedCache:
+    """Those of one block: keys (B * H, groups, d, GROUP) and values (B * H, T, d or more)."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """The first n positions, keys and values (B, H, n, d)."""
+        length, width = keys.shape[2:]
+        self.values[:, :length, :width] = values.flatten(0, 1)
+        grouped = F.pad(keys.flatten(0, 1), (0, 0, 0, -length % GROUP)).unflatten(1, (-1, GROUP))
+        self.keys[:, : grouped.shape[1]] = grouped.mT
+
+
+class FusedDecoder:
+    """A `Decoder` for models that `is_for_kernel` accepts."""
+
+    def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
+        self.dtype = head.weight.dtype if multiplies_bfloat16() else torch.float32
+        weights = [weight for block in transformer.blocks for weight in weights_of(block)]
+        weights.append(weight_after(transformer.norm, head))
+        self.weights = torch.cat([packed(weight.to(self.dtype)) for weight in weights])
+        angles = rotary_angles(coordinates, transformer.head_width)
+        turns = [torch.stack(turning(block.attention, angles), dim=2) for block in transformer.blocks]
+        self.turns = F.pad(torch.stack(turns, dim=1).flatten(), (0, GROUP))  # read in whole vectors
+        self.vocab_size, self.capacity = len(head.weight), len(coordinates)
+        self.shape = Shape(
+            layers=len(transformer.blocks),
+            heads=transformer.blocks[0].attention.num_heads,
+            head_width=transformer.head_width,
+            inner=transformer.blocks[0].feed_forward.project.in_features,
+            vocab=self.vocab_size,
+            capacity=self.capacity,
+            halves=self.dtype == torch.bfloat16,
+        )
+
+    def caches(self, batch: int) -> FusedCaches:
+        """Empty ones for a batch."""
+        shape = self.shape
+        return FusedCaches(shape.layers, batch * shape.heads, shape.capacity, shape.head_width)
+
+    def logits(self, hidden: Tensor, position: int, caches: FusedCaches) -> Tensor:
+        """As of a `Decoder`."""
+        if position >= self.capacity:
+            raise ValueError(f"{position + 1} positions are more than the cache was made for, {self.capacity}")
+        stream = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        logits = torch.empty(len(hidden), filled(self.vocab_size, PANEL))
+        threads = torch.get_num_threads()
+        shape = self.shape
+        shape.batch = len(hidden)
+        room = WORKSPACE.of(LIBRARY.decoding_room(ctypes.byref(shape), ctypes.c_ssize_t(threads)))
+        addresses = (address(each) for each in (self.weights, self.turns, caches.keys, caches.values, stream, logits))
+        LIBRARY.decoding_step(
+            ctypes.byref(shape),
+            *addresses,
+            ctypes.c_ssize_t(position),
+            ctypes.c_float(NORM_EPS),
+            address(room),
+            ctypes.c_ssize_t(threads),
+        )
+        return logits[:, : self.vocab_size]
+
+
+def weights_of(block):
+    return (
+        weight_after(block.attention_norm, block.attention.expand),
+        block.attention.project.weight,
+        weight_after(block.feed_forward_norm, block.feed_forward.expand),
+        block.feed_forward.project.weight,
+    )
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A linear layer's weight (out, in), flat: panels of its outputs, of each an input, or a word of two, for all."""
+    word = 4 // weight.element_size()
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, word)).transpose(1, 2).flatten()
+
+
+def filled(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def decoder_of(transformer: Transformer, head: nn.Linear, coordinates: Tensor) -> Decoder | FusedDecoder:
+    """The faster one of those that can."""
+    kind = FusedDecoder if is_for_kernel(transformer, head) else Decoder
+    return kind(transformer, head, coordinates)
+
+
+def is_for_kernel(transformer: Transformer, head: nn.Linear) -> bool:
+    weights = [*transformer.parameters(), *head.parameters()]
+    return (
+        LIBRARY is not None
+        and {weight.dtype for weight in weights} in ({torch.float32}, {torch.bfloat16})
+        and head.in_features % GROUP == 0
+        and transformer.head_width <= WIDEST_HEAD
+        and numbers_alone(*weights)
+    )

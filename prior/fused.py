@@ -6,6 +6,7 @@ Shapes: as in decoding.py; L blocks, V words.
 """
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tokenizer.kernels import LIBRARY, WORKSPACE, address
 from tokenizer.processor import multiplies_bfloat16, numbers_alone
 
 from .decoding import Decoder, turning, weight_after
-from .transformer import NORM_EPS, Transformer, rotary_angles
+from .transformer import NORM_EPS, RMSNorm, Transformer, rotary_angles
 
 PANEL = 64  # columns of a matrix that lie together,
 GROUP = 16  # and positions of which the keys do: the widest vector
@@ -60,9 +61,13 @@ class FusedDecoder:
 
     def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
         self.dtype = head.weight.dtype if multiplies_bfloat16() else torch.float32
-        weights = [weight for block in transformer.blocks for weight in weights_of(block)]
-        weights.append(weight_after(transformer.norm, head))
-        self.weights = torch.cat([packed(weight.to(self.dtype)) for weight in weights])
+        layers = list(layers_of(transformer, head))
+        word = 4 // self.dtype.itemsize  # numbers of it
+        sizes = [filled(layer.out_features, PANEL) * layer.in_features // word for _, layer in layers]
+        self.matrices = torch.empty(sum(sizes))
+        for (norm, layer), matrix in zip(layers, self.matrices.split(sizes), strict=True):
+            weight = (layer.weight if norm is None else weight_after(norm, layer)).to(self.dtype)
+            LIBRARY.decoding_pack(address(weight), *numbers(layer.out_features, layer.in_features // word), address(matrix))
         angles = rotary_angles(coordinates, transformer.head_width)
         turns = [torch.stack(turning(block.attention, angles), dim=2) for block in transformer.blocks]
         self.turns = F.pad(torch.stack(turns, dim=1).flatten(), (0, GROUP))  # read in whole vectors
@@ -92,7 +97,7 @@ class FusedDecoder:
         shape = self.shape
         shape.batch = len(hidden)
         room = WORKSPACE.of(LIBRARY.decoding_room(ctypes.byref(shape), ctypes.c_ssize_t(threads)))
-        addresses = (address(each) for each in (self.weights, self.turns, caches.keys, caches.values, stream, logits))
+        addresses = (address(each) for each in (self.matrices, self.turns, caches.keys, caches.values, stream, logits))
         LIBRARY.decoding_step(
             ctypes.byref(shape),
             *addresses,
@@ -104,20 +109,18 @@ class FusedDecoder:
         return logits[:, : self.vocab_size]
 
 
-def weights_of(block):
-    return (
-        weight_after(block.attention_norm, block.attention.expand),
-        block.attention.project.weight,
-        weight_after(block.feed_forward_norm, block.feed_forward.expand),
-        block.feed_forward.project.weight,
-    )
+def layers_of(transformer: Transformer, head: nn.Linear) -> Iterator[tuple[RMSNorm | None, nn.Linear]]:
+    """The linear layers in the order in which a step takes them, each with the norm before it."""
+    for block in transformer.blocks:
+        yield block.attention_norm, block.attention.expand
+        yield None, block.attention.project
+        yield block.feed_forward_norm, block.feed_forward.expand
+        yield None, block.feed_forward.project
+    yield transformer.norm, head
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A linear layer's weight (out, in), flat: panels of its outputs, of each an input, or a word of two, for all."""
-    word = 4 // weight.element_size()
-    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-    return padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, word)).transpose(1, 2).flatten()
+def numbers(*values: int) -> Iterator[ctypes.c_ssize_t]:
+    return map(ctypes.c_ssize_t, values)
 
 
 def filled(count: int, unit: int) -> int:

@@ -268,6 +268,15 @@ INLINE void gated(const shape *s, size halves, const float *parts, float *produc
         }
 }
 
+/* A weight (out, K words) as a matrix in panels. */
+void decoding_pack(const float *weight, size out, size depth, float *matrix) {
+    for (size c = 0; c < out; c += PANEL)
+        for (size group = c; group < c + PANEL; group += GROUP) /* few rows at once: they lie in the same cache lines' places */
+            for (size k = 0; k < depth; k++)
+                for (size o = group; o < group + GROUP; o++)
+                    matrix[c * depth + k * PANEL + o - c] = o < out ? weight[o * depth + k] : 0;
+}
+
 INLINE size widest(const shape *s) { return filled(larger(3 * width_of(s), 2 * s->inner), PANEL); }
 
 /* Floats that a step needs for itself. */

@@ -34,9 +34,8 @@ class FusedCaches:
     """Keys and values of all blocks, as the kernel reads them; of one block as what a pass over a prefix fills."""
 
     def __init__(self, num_blocks: int, rows: int, capacity: int, head_width: int):
-        groups = -(-capacity // GROUP)
-        self.keys = torch.empty(num_blocks, rows, groups, head_width, GROUP)
-        self.values = torch.empty(num_blocks, rows, capacity, filled(head_width, GROUP))
+        shape = num_blocks, rows, capacity, filled(head_width, GROUP)
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
     def __getitem__(self, block: int) -> "FusedCache":
         return FusedCache(self.keys[block], self.values[block])
@@ -51,9 +50,9 @@ class FusedCache:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """The first n positions, keys and values (B, H, n, d)."""
         length, width = keys.shape[2:]
-        self.values[:, :length, :width] = values.flatten(0, 1)
-        grouped = F.pad(keys.flatten(0, 1), (0, 0, 0, -length % GROUP)).unflatten(1, (-1, GROUP))
-        self.keys[:, : grouped.shape[1]] = grouped.mT
+        for held, new in ((self.keys, keys), (self.values, values)):
+            held[:, :length, :width] = new.flatten(0, 1)
+            held[:, :length, width:] = 0
 
 
 class FusedDecoder:

@@ -64,13 +64,27 @@ INLINE vector first_of(size count, vector values, vector others) {
     return (vector)(((integers)values & mask) | ((integers)others & ~mask));
 }
 
+static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 INLINE vector turned_by(vector values, int lanes) {
-    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return __builtin_shuffle(values, *(const integers *)numbers + lanes); /* which counts beyond the last from 0 on */
 }
 
 INLINE float sum_of(vector values) {
     for (int n = V / 2; n; n /= 2) values += turned_by(values, n);
+    return values[0];
+}
+
+/* The sums of V vectors, in the order of the vectors, which are overwritten. */
+INLINE vector sums_of(vector *values) {
+    integers lane = *(const integers *)numbers;
+#pragma GCC unroll 4
+    for (int n = V / 2; n; n /= 2) { /* lanes whose number has n are those of the latter half */
+        integers latter = (lane & n) * (V / n), same = lane + latter, other = (lane ^ n) + latter;
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++)
+            values[i] = __builtin_shuffle(values[i], values[i + n], same) + __builtin_shuffle(values[i], values[i + n], other);
+    }
     return values[0];
 }
 
@@ -193,21 +207,23 @@ INLINE void turn(const float *part, const float *factors, float eps, size d, flo
         }
 }
 
-/* What the query of one head takes of the values of all positions held; `scores` has room for them. Meanwhile keys and
-   values of the next head are fetched, so and so many floats further on: for each head memory begins elsewhere. */
-INLINE void attend(const float *query, const float *keys, size next_keys, const float *values, size next_values,
-                   size held, size d, float *scores, float *taken) {
+/* What the query of one head takes of the values of all positions held; `scores` has room for them. Meanwhile those of
+   the next head are fetched, so many floats further on: its memory begins elsewhere. */
+INLINE void attend(const float *query, const float *keys, const float *values, size next, size held, size apart,
+                   float *scores, float *taken) {
     vector most = all(-INFINITY), total = {0};
     for (size t = 0; t < held; t += V) {
-        const float *group = keys + t / GROUP * GROUP * d + t % GROUP;
-        vector sums[SUMS] = {0};
-        for (size i = 0; i < d; i += SUMS)
-            for (size j = 0; j < SUMS; j++) {
-                const float *from = group + (i + j) * GROUP;
-                __builtin_prefetch(from + next_keys);
-                sums[j] += query[i + j] * load(from);
+        vector sums[V];
+#pragma GCC unroll 16
+        for (size j = 0; j < V; j++) {
+            const float *key = keys + (t + j < held ? t + j : held - 1) * apart;
+            sums[j] = all(0);
+            for (size i = 0; i < apart; i += V) {
+                __builtin_prefetch(key + next + i);
+                sums[j] += load(query + i) * load(key + i);
             }
-        vector score = first_of(held - t, (sums[0] + sums[1]) + (sums[2] + sums[3]), all(-INFINITY));
+        }
+        vector score = first_of(held - t, sums_of(sums), all(-INFINITY));
         store(scores + t, score);
         most = LARGER(most, score);
     }
@@ -218,14 +234,13 @@ INLINE void attend(const float *query, const float *keys, size next_keys, const 
         total += share;
     }
     float scale = 1 / sum_of(total);
-    size apart = filled(d, GROUP);
     for (size i = 0; i < apart; i += V) {
         vector sums[SUMS] = {0};
         size t = 0;
         for (; t + SUMS <= held; t += SUMS)
             for (size j = 0; j < SUMS; j++) {
                 const float *from = values + (t + j) * apart + i;
-                __builtin_prefetch(from + next_values);
+                __builtin_prefetch(from + next);
                 sums[j] += scores[t + j] * load(from);
             }
         for (; t < held; t++) sums[0] += scores[t] * load(values + t * apart + i);
@@ -242,14 +257,14 @@ INLINE void attention(const shape *s, size halves, const float *parts, const flo
         for (size head = 0; head < s->heads; head++) {
             float query[MOST + V], key[MOST + V], taken[MOST], *scores = rooms + omp_get_thread_num() * room;
             const float *part = parts + r * filled(3 * width, PANEL) + head * d;
-            size row = r * s->heads + head, next_keys = room * d, next_values = s->capacity * apart;
-            float *head_keys = keys + row * next_keys, *head_values = values + row * next_values;
-            float *group = head_keys + position / GROUP * GROUP * d + position % GROUP;
+            size row = r * s->heads + head, next = s->capacity * apart;
+            float *head_keys = keys + row * next, *head_values = values + row * next;
             turn(part, turns, eps, d, query);
             turn(part + width, turns + 2 * d, eps, d, key);
-            for (size i = 0; i < d; i++) group[i * GROUP] = key[i];
+            for (size i = d; i < apart; i++) query[i] = key[i] = 0;
+            memcpy(head_keys + position * apart, key, apart * sizeof(float));
             memcpy(head_values + position * apart, part + 2 * width, d * sizeof(float));
-            attend(query, head_keys, next_keys, head_values, next_values, position + 1, d, scores, taken);
+            attend(query, head_keys, head_values, next, position + 1, apart, scores, taken);
             for (size i = 0; halves && i < apart; i += V) give(1, taken, i, load(taken + i));
             size bytes = d * sizeof(float) >> halves;
             memcpy((char *)attended + row * bytes, taken, bytes);
@@ -287,7 +302,8 @@ size decoding_room(const shape *s, size threads) {
 
 INLINE void step(const shape *s, size halves, const float *weights, const float *turns, float *keys, float *values,
                  float *stream, float *logits, size position, float eps, float *room) {
-    size width = width_of(s), inner = s->inner, rows = s->batch * s->heads, d = s->head_width;
+    size width = width_of(s), inner = s->inner, d = s->head_width;
+    size cached = s->batch * s->heads * s->capacity * filled(d, GROUP); /* floats of a block */
     float *added = room, *normal = added + s->batch * filled(width, PANEL);
     float *parts = normal + s->batch * larger(width, inner), *scores = parts + s->batch * widest(s) + V;
     for (size layer = 0; layer < s->layers; layer++) {
@@ -295,8 +311,7 @@ INLINE void step(const shape *s, size halves, const float *weights, const float 
         product(s, halves, normal, weights, parts, width, 3 * width);
         weights += matrix(s, width, 3 * width);
         attention(s, halves, parts, turns + (position * s->layers + layer) * 4 * d, keys, values, position, eps, scores, normal);
-        keys += rows * filled(s->capacity, GROUP) * d;
-        values += rows * s->capacity * filled(d, GROUP);
+        keys += cached, values += cached;
         product(s, halves, normal, weights, added, width, width);
         weights += matrix(s, width, width);
         add_and_normalise(s, halves, stream, added, eps, normal);

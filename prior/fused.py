@@ -34,7 +34,7 @@ class FusedCaches:
     """Keys and values of all blocks, as the kernel reads them; of one block as what a pass over a prefix fills."""
 
     def __init__(self, num_blocks: int, rows: int, capacity: int, head_width: int):
-        shape = num_blocks, rows, capacity, filled(head_width, GROUP)
+        shape = num_blocks, -(-capacity // GROUP), rows, GROUP, filled(head_width, GROUP)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
     def __getitem__(self, block: int) -> "FusedCache":
@@ -51,8 +51,8 @@ class FusedCache:
         """The first n positions, keys and values (B, H, n, d)."""
         length, width = keys.shape[2:]
         for held, new in ((self.keys, keys), (self.values, values)):
-            held[:, :length, :width] = new.flatten(0, 1)
-            held[:, :length, width:] = 0
+            for group, part in zip(held, new.flatten(0, 1).split(GROUP, dim=1)):
+                group[:, :part.shape[1]] = F.pad(part, (0, held.shape[3] - width))
 
 
 class FusedDecoder:

@@ -207,19 +207,20 @@ INLINE void turn(const float *part, const float *factors, float eps, size d, flo
         }
 }
 
-/* What the query of one head takes of the values of all positions held; `scores` has room for them. Meanwhile those of
-   the next head are fetched, so many floats further on: its memory begins elsewhere. */
+/* What the query of one head takes of the values of all positions held, whose groups are `next` floats apart; `scores`
+   has room for them. Meanwhile what the next head needs is fetched, which lies behind. */
 INLINE void attend(const float *query, const float *keys, const float *values, size next, size held, size apart,
                    float *scores, float *taken) {
     vector most = all(-INFINITY), total = {0};
     for (size t = 0; t < held; t += V) {
+        const float *group = keys + t / GROUP * next + t % GROUP * apart;
         vector sums[V];
 #pragma GCC unroll 16
         for (size j = 0; j < V; j++) {
-            const float *key = keys + (t + j < held ? t + j : held - 1) * apart;
+            const float *key = group + (t + j < held ? j : held - 1 - t) * apart;
             sums[j] = all(0);
             for (size i = 0; i < apart; i += V) {
-                __builtin_prefetch(key + next + i);
+                __builtin_prefetch(key + GROUP * apart + i);
                 sums[j] += load(query + i) * load(key + i);
             }
         }
@@ -236,14 +237,14 @@ INLINE void attend(const float *query, const float *keys, const float *values, s
     float scale = 1 / sum_of(total);
     for (size i = 0; i < apart; i += V) {
         vector sums[SUMS] = {0};
-        size t = 0;
-        for (; t + SUMS <= held; t += SUMS)
+        for (size t = 0; t < held; t += SUMS) {
+            const float *group = values + t / GROUP * next + t % GROUP * apart + i;
             for (size j = 0; j < SUMS; j++) {
-                const float *from = values + (t + j) * apart + i;
-                __builtin_prefetch(from + next);
-                sums[j] += scores[t + j] * load(from);
+                const float *value = group + (t + j < held ? j : 0) * apart; /* the share of the others is 0 */
+                __builtin_prefetch(value + GROUP * apart);
+                sums[j] += scores[t + j] * load(value);
             }
-        for (; t < held; t++) sums[0] += scores[t] * load(values + t * apart + i);
+        }
         store(taken + i, ((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale);
     }
 }
@@ -257,14 +258,14 @@ INLINE void attention(const shape *s, size halves, const float *parts, const flo
         for (size head = 0; head < s->heads; head++) {
             float query[MOST + V], key[MOST + V], taken[MOST], *scores = rooms + omp_get_thread_num() * room;
             const float *part = parts + r * filled(3 * width, PANEL) + head * d;
-            size row = r * s->heads + head, next = s->capacity * apart;
-            float *head_keys = keys + row * next, *head_values = values + row * next;
+            size row = r * s->heads + head, next = s->batch * s->heads * GROUP * apart;
+            size newest = position / GROUP * next + (row * GROUP + position % GROUP) * apart;
             turn(part, turns, eps, d, query);
             turn(part + width, turns + 2 * d, eps, d, key);
             for (size i = d; i < apart; i++) query[i] = key[i] = 0;
-            memcpy(head_keys + position * apart, key, apart * sizeof(float));
-            memcpy(head_values + position * apart, part + 2 * width, d * sizeof(float));
-            attend(query, head_keys, head_values, next, position + 1, apart, scores, taken);
+            memcpy(keys + newest, key, apart * sizeof(float));
+            memcpy(values + newest, part + 2 * width, d * sizeof(float));
+            attend(query, keys + row * GROUP * apart, values + row * GROUP * apart, next, position + 1, apart, scores, taken);
             for (size i = 0; halves && i < apart; i += V) give(1, taken, i, load(taken + i));
             size bytes = d * sizeof(float) >> halves;
             memcpy((char *)attended + row * bytes, taken, bytes);
@@ -303,7 +304,7 @@ size decoding_room(const shape *s, size threads) {
 INLINE void step(const shape *s, size halves, const float *weights, const float *turns, float *keys, float *values,
                  float *stream, float *logits, size position, float eps, float *room) {
     size width = width_of(s), inner = s->inner, d = s->head_width;
-    size cached = s->batch * s->heads * s->capacity * filled(d, GROUP); /* floats of a block */
+    size cached = s->batch * s->heads * filled(s->capacity, GROUP) * filled(d, GROUP); /* floats of a block */
     float *added = room, *normal = added + s->batch * filled(width, PANEL);
     float *parts = normal + s->batch * larger(width, inner), *scores = parts + s->batch * widest(s) + V;
     for (size layer = 0; layer < s->layers; layer++) {

@@ -1,8 +1,8 @@
-"""A step of `Decoder` by one kernel in C: float32 and bfloat16 on an x86 processor, where the kernels were built.
+"""A step of `Decoder` by one kernel in C, on x86 processors where it was built.
 
 The same up to rounding, and a row is the same to the bit whatever the others and the threads. In bfloat16 the stream
-between the blocks and the cache are float32, and so are the weights where the processor has no dot products of that type.
-Shapes: as in decoding.py; L blocks, V words.
+between the blocks and the cache are float32, and so are the weights where nothing multiplies that type fast.
+Shapes as in decoding.py; L blocks, V vocabulary.
 """
 
 import ctypes
@@ -13,14 +13,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer.kernels import LIBRARY, WORKSPACE, address
-from tokenizer.processor import multiplies_bfloat16, numbers_alone
+from tokenizer.processor import numbers_alone
 
 from .decoding import Decoder, turning, weight_after
 from .transformer import NORM_EPS, RMSNorm, Transformer, rotary_angles
 
-PANEL = 64  # columns of a matrix that lie together,
-GROUP = 16  # and positions of which the keys do: the widest vector
+PANEL = 64  # columns of a matrix that lie together: as in decoding.c, like the next two
+GROUP = 16  # floats of the widest vector, and positions of a cache that lie together
 WIDEST_HEAD = 256
+
+
+def decoder_of(transformer: Transformer, head: nn.Linear, coordinates: Tensor) -> "Decoder | FusedDecoder":
+    """The faster one of those that can."""
+    kind = FusedDecoder if is_for_kernel(transformer, head) else Decoder
+    return kind(transformer, head, coordinates)
+
+
+def is_for_kernel(transformer: Transformer, head: nn.Linear) -> bool:
+    """Whether the kernel can decode by these."""
+    weights = [*transformer.parameters(), *head.parameters()]
+    return (
+        LIBRARY is not None
+        and {weight.dtype for weight in weights} in ({torch.float32}, {torch.bfloat16})
+        and head.in_features % GROUP == 0
+        and transformer.head_width <= WIDEST_HEAD
+        and numbers_alone(*weights)
+    )
 
 
 class Shape(ctypes.Structure):
@@ -30,11 +48,58 @@ class Shape(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_ssize_t) for name in NAMES)
 
 
-class FusedCaches:
-    """Keys and values of all blocks, as the kernel reads them; of one block as what a pass over a prefix fills."""
+class FusedDecoder:
+    """What `Decoder` is, for models that `is_for_kernel` accepts."""
 
-    def __init__(self, num_blocks: int, rows: int, capacity: int, head_width: int):
-        shape = num_blocks, -(-capacity // GROUP), rows, GROUP, filled(head_width, GROUP)
+    def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
+        halves = head.weight.dtype == torch.bfloat16 and bool(LIBRARY.decoding_multiplies_halves())
+        self.matrices = packed(list(layers_of(transformer, head)), torch.bfloat16 if halves else torch.float32)
+        angles = rotary_angles(coordinates, transformer.head_width)
+        turns = [torch.stack(turning(block.attention, angles), dim=2) for block in transformer.blocks]  # (T, 2, 2, d)
+        self.turns = F.pad(torch.stack(turns, dim=1).flatten(), (0, GROUP))  # it is read in whole vectors
+        first = transformer.blocks[0]
+        self.shape = Shape(
+            layers=len(transformer.blocks),
+            heads=first.attention.num_heads,
+            head_width=transformer.head_width,
+            inner=first.feed_forward.project.in_features,
+            vocab=head.out_features,
+            capacity=len(coordinates),
+            halves=halves,
+        )
+
+    def caches(self, batch: int) -> "FusedCaches":
+        """Empty ones for a batch."""
+        shape = self.shape
+        return FusedCaches(shape.layers, shape.capacity, batch * shape.heads, shape.head_width)
+
+    def logits(self, hidden: Tensor, position: int, caches: "FusedCaches") -> Tensor:
+        """The input (B, W) at a position, with caches of all before it, which it joins, to (B, V) float32."""
+        shape, threads = self.shape, torch.get_num_threads()
+        if position >= shape.capacity:
+            raise ValueError(f"{position + 1} positions are more than the cache was made for, {shape.capacity}")
+        shape.batch = len(hidden)
+        stream = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        logits = torch.empty(len(hidden), filled(shape.vocab, PANEL))
+        LIBRARY.decoding_room.restype = ctypes.c_ssize_t
+        room = WORKSPACE.of(LIBRARY.decoding_room(ctypes.byref(shape), *sizes(threads)))
+        tensors = (self.matrices, self.turns, caches.keys, caches.values, stream, logits)
+        LIBRARY.decoding_step(
+            ctypes.byref(shape),
+            *map(address, tensors),
+            *sizes(position),
+            ctypes.c_float(NORM_EPS),
+            address(room),
+            *sizes(threads),
+        )
+        return logits[:, : shape.vocab]
+
+
+class FusedCaches:
+    """Keys and values of all blocks, (L, groups, B * H, GROUP, d) with d filled up to a multiple of GROUP."""
+
+    def __init__(self, num_blocks: int, capacity: int, rows: int, head_width: int):
+        shape = num_blocks, filled(capacity, GROUP) // GROUP, rows, GROUP, filled(head_width, GROUP)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
     def __getitem__(self, block: int) -> "FusedCache":
@@ -42,74 +107,21 @@ class FusedCaches:
 
 
 class FusedCache:
-    """Those of one block: keys (B * H, groups, d, GROUP) and values (B * H, T, d or more)."""
+    """Keys and values of one block, to be begun with a prefix."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """The first n positions, keys and values (B, H, n, d)."""
-        length, width = keys.shape[2:]
-        for held, new in ((self.keys, keys), (self.values, values)):
-            for group, part in zip(held, new.flatten(0, 1).split(GROUP, dim=1)):
-                group[:, :part.shape[1]] = F.pad(part, (0, held.shape[3] - width))
-
-
-class FusedDecoder:
-    """A `Decoder` for models that `is_for_kernel` accepts."""
-
-    def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
-        self.dtype = head.weight.dtype if multiplies_bfloat16() else torch.float32
-        layers = list(layers_of(transformer, head))
-        word = 4 // self.dtype.itemsize  # numbers of it
-        sizes = [filled(layer.out_features, PANEL) * layer.in_features // word for _, layer in layers]
-        self.matrices = torch.empty(sum(sizes))
-        for (norm, layer), matrix in zip(layers, self.matrices.split(sizes), strict=True):
-            weight = (layer.weight if norm is None else weight_after(norm, layer)).to(self.dtype)
-            LIBRARY.decoding_pack(address(weight), *numbers(layer.out_features, layer.in_features // word), address(matrix))
-        angles = rotary_angles(coordinates, transformer.head_width)
-        turns = [torch.stack(turning(block.attention, angles), dim=2) for block in transformer.blocks]
-        self.turns = F.pad(torch.stack(turns, dim=1).flatten(), (0, GROUP))  # read in whole vectors
-        self.vocab_size, self.capacity = len(head.weight), len(coordinates)
-        self.shape = Shape(
-            layers=len(transformer.blocks),
-            heads=transformer.blocks[0].attention.num_heads,
-            head_width=transformer.head_width,
-            inner=transformer.blocks[0].feed_forward.project.in_features,
-            vocab=self.vocab_size,
-            capacity=self.capacity,
-            halves=self.dtype == torch.bfloat16,
-        )
-
-    def caches(self, batch: int) -> FusedCaches:
-        """Empty ones for a batch."""
-        shape = self.shape
-        return FusedCaches(shape.layers, batch * shape.heads, shape.capacity, shape.head_width)
-
-    def logits(self, hidden: Tensor, position: int, caches: FusedCaches) -> Tensor:
-        """As of a `Decoder`."""
-        if position >= self.capacity:
-            raise ValueError(f"{position + 1} positions are more than the cache was made for, {self.capacity}")
-        stream = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        logits = torch.empty(len(hidden), filled(self.vocab_size, PANEL))
-        threads = torch.get_num_threads()
-        shape = self.shape
-        shape.batch = len(hidden)
-        room = WORKSPACE.of(LIBRARY.decoding_room(ctypes.byref(shape), ctypes.c_ssize_t(threads)))
-        addresses = (address(each) for each in (self.matrices, self.turns, caches.keys, caches.values, stream, logits))
-        LIBRARY.decoding_step(
-            ctypes.byref(shape),
-            *addresses,
-            ctypes.c_ssize_t(position),
-            ctypes.c_float(NORM_EPS),
-            address(room),
-            ctypes.c_ssize_t(threads),
-        )
-        return logits[:, : self.vocab_size]
+        """Hold the first n positions, keys and values (B, H, n, d)."""
+        for held, given in ((self.keys, keys), (self.values, values)):
+            given = F.pad(given.flatten(0, 1), (0, held.shape[3] - given.shape[3]))
+            for group, positions in zip(held, given.split(GROUP, dim=1), strict=False):
+                group[:, : positions.shape[1]] = positions
 
 
 def layers_of(transformer: Transformer, head: nn.Linear) -> Iterator[tuple[RMSNorm | None, nn.Linear]]:
-    """The linear layers in the order in which a step takes them, each with the norm before it."""
+    """The linear layers in the order in which a step takes them, with the norm that only they follow."""
     for block in transformer.blocks:
         yield block.attention_norm, block.attention.expand
         yield None, block.attention.project
@@ -118,26 +130,23 @@ def layers_of(transformer: Transformer, head: nn.Linear) -> Iterator[tuple[RMSNo
     yield transformer.norm, head
 
 
-def numbers(*values: int) -> Iterator[ctypes.c_ssize_t]:
+def packed(layers: list[tuple[RMSNorm | None, nn.Linear]], dtype: torch.dtype) -> Tensor:
+    """Matrices of the layers as decoding.c describes them, one after another, flat, as words of 32 bits."""
+    word = 4 // dtype.itemsize  # numbers of one
+    lengths = [filled(layer.out_features, PANEL) * layer.in_features // word for _, layer in layers]
+    matrices = torch.empty(sum(lengths))
+    for (norm, layer), matrix in zip(layers, matrices.split(lengths), strict=True):
+        weight = layer.weight if norm is None else weight_after(norm, layer)
+        weight = weight.to(dtype).contiguous()
+        LIBRARY.decoding_pack(address(weight), *sizes(layer.out_features, layer.in_features // word), address(matrix))
+    return matrices
+
+
+def sizes(*values: int) -> Iterator[ctypes.c_ssize_t]:
+    """Numbers as C takes them."""
     return map(ctypes.c_ssize_t, values)
 
 
 def filled(count: int, unit: int) -> int:
+    """The next multiple of the unit."""
     return -(-count // unit) * unit
-
-
-def decoder_of(transformer: Transformer, head: nn.Linear, coordinates: Tensor) -> Decoder | FusedDecoder:
-    """The faster one of those that can."""
-    kind = FusedDecoder if is_for_kernel(transformer, head) else Decoder
-    return kind(transformer, head, coordinates)
-
-
-def is_for_kernel(transformer: Transformer, head: nn.Linear) -> bool:
-    weights = [*transformer.parameters(), *head.parameters()]
-    return (
-        LIBRARY is not None
-        and {weight.dtype for weight in weights} in ({torch.float32}, {torch.bfloat16})
-        and head.in_features % GROUP == 0
-        and transformer.head_width <= WIDEST_HEAD
-        and numbers_alone(*weights)
-    )

@@ -162,5 +162,6 @@ def test_the_public_names_are_these():
         "VAEOutput",
     ]
     public = {name for name, value in vars(tokenizer).items() if not name.startswith("_")}
-    modules = {path.stem for path in FILES if path.parent == Path("tokenizer")} | {"posteriors", "quantizers"}
+    modules = {path.stem for path in FILES if path.parent == Path("tokenizer")}
+    modules |= {"kernels", "posteriors", "quantizers"}
     assert public - modules == set(tokenizer.__all__)

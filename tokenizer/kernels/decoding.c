@@ -5,9 +5,10 @@
    float32. Where `halves` is 1, weights and what they are multiplied by are bfloat16, two in a word: the dot product of
    two words, which AVX-512 may have, then stands where the product of two floats stood, and all else is the same.
 
-   A matrix of N columns and K words lies in panels (N / PANEL, K, PANEL), the last one filled up with zeros. The keys of
-   a head lie in groups (T / GROUP, d, GROUP), so that GROUP scores come of one vector; its values (T, d), each from a
-   multiple of GROUP on. A row is the same to the bit whatever the other rows and the threads: each sum has its order. */
+   A matrix of N columns and K words lies in panels (N / PANEL, K, PANEL), the last one filled up with zeros; keys and
+   values of a block in groups of positions (T / GROUP, B, H, GROUP, d), each key and value filled up to a multiple of
+   GROUP, so that a step reads them from end to end. A row is the same to the bit whatever the other rows and the
+   threads: each sum has its order. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -83,7 +84,8 @@ INLINE vector sums_of(vector *values) {
         integers latter = (lane & n) * (V / n), same = lane + latter, other = (lane ^ n) + latter;
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++)
-            values[i] = __builtin_shuffle(values[i], values[i + n], same) + __builtin_shuffle(values[i], values[i + n], other);
+            values[i] = __builtin_shuffle(values[i], values[i + n], same) +
+                        __builtin_shuffle(values[i], values[i + n], other);
     }
     return values[0];
 }
@@ -93,10 +95,11 @@ INLINE float largest_of(vector values) {
     return values[0];
 }
 
-/* e^x by a power of 2 and the polynomial of Cephes' expf, to some 1e-7 of it; what is not a number stays none. */
+/* e^x by a power of 2 and the polynomial of Cephes' expf, to some 1e-7 of it, and 0 from -88 on; what is not a number
+   stays none. */
 INLINE vector exponential(vector x) {
     const float round = 12582912; /* 1.5 * 2^23: what is added to it becomes whole */
-    x = LARGER(all(-87), SMALLER(all(88), x));
+    x = LARGER(all(-88), SMALLER(all(88), x));
     vector shifted = x * 1.44269504f + round, whole = shifted - round;
     vector rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     vector y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -153,7 +156,8 @@ INLINE void multiply(size halves, const float *left, const float *panel, const f
 }
 
 /* Rows (rows, in) by a matrix to (rows, out), the rows of which lie filled up to whole panels. */
-INLINE void product(const shape *s, size halves, const float *left, const float *right, float *sums, size in, size out) {
+INLINE void product(const shape *s, size halves, const float *left, const float *right, float *sums, size in,
+                    size out) {
     size depth = in >> halves, apart = filled(out, PANEL);
 #pragma omp for collapse(2)
     for (size c = 0; c < apart; c += PANEL)
@@ -175,7 +179,8 @@ INLINE void product(const shape *s, size halves, const float *left, const float 
 }
 
 /* Adds to the stream what a branch gave, if any, and gives it on by RMSNorm without a weight. */
-INLINE void add_and_normalise(const shape *s, size halves, float *stream, const float *added, float eps, float *normal) {
+INLINE void add_and_normalise(const shape *s, size halves, float *stream, const float *added, float eps,
+                              float *normal) {
     size width = width_of(s), apart = filled(width, PANEL);
 #pragma omp for
     for (size r = 0; r < s->batch; r++) {
@@ -265,7 +270,8 @@ INLINE void attention(const shape *s, size halves, const float *parts, const flo
             for (size i = d; i < apart; i++) query[i] = key[i] = 0;
             memcpy(keys + newest, key, apart * sizeof(float));
             memcpy(values + newest, part + 2 * width, d * sizeof(float));
-            attend(query, keys + row * GROUP * apart, values + row * GROUP * apart, next, position + 1, apart, scores, taken);
+            size begin = row * GROUP * apart;
+            attend(query, keys + begin, values + begin, next, position + 1, apart, scores, taken);
             for (size i = 0; halves && i < apart; i += V) give(1, taken, i, load(taken + i));
             size bytes = d * sizeof(float) >> halves;
             memcpy((char *)attended + row * bytes, taken, bytes);
@@ -284,10 +290,19 @@ INLINE void gated(const shape *s, size halves, const float *parts, float *produc
         }
 }
 
+/* Whether `halves` may be 1. */
+int decoding_multiplies_halves(void) {
+#ifdef __AVX512F__
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
 /* A weight (out, K words) as a matrix in panels. */
 void decoding_pack(const float *weight, size out, size depth, float *matrix) {
     for (size c = 0; c < out; c += PANEL)
-        for (size group = c; group < c + PANEL; group += GROUP) /* few rows at once: they lie in the same cache lines' places */
+        for (size group = c; group < c + PANEL; group += GROUP) /* few rows at once share places of the cache */
             for (size k = 0; k < depth; k++)
                 for (size o = group; o < group + GROUP; o++)
                     matrix[c * depth + k * PANEL + o - c] = o < out ? weight[o * depth + k] : 0;
@@ -311,7 +326,8 @@ INLINE void step(const shape *s, size halves, const float *weights, const float 
         add_and_normalise(s, halves, stream, layer ? added : NULL, eps, normal);
         product(s, halves, normal, weights, parts, width, 3 * width);
         weights += matrix(s, width, 3 * width);
-        attention(s, halves, parts, turns + (position * s->layers + layer) * 4 * d, keys, values, position, eps, scores, normal);
+        const float *turn = turns + (position * s->layers + layer) * 4 * d;
+        attention(s, halves, parts, turn, keys, values, position, eps, scores, normal);
         keys += cached, values += cached;
         product(s, halves, normal, weights, added, width, width);
         weights += matrix(s, width, width);
@@ -326,8 +342,9 @@ INLINE void step(const shape *s, size halves, const float *weights, const float 
     product(s, halves, normal, weights, logits, width, s->vocab);
 }
 
-/* Inputs (B, W), which are overwritten, at a position to logits (B, V), V filled up to whole panels. `weights` holds the
-   four matrices of each block and the head; `turns` (T, layers, 2, 2, d), for queries and keys what `turn` wants, and V more. */
+/* Inputs (B, W), which are overwritten, at a position to logits, (B, vocab) filled up to whole panels. `weights` holds
+   the four matrices of each block and the head; `turns` the factors of queries and keys, (T, layers, 2, 2, d), and V
+   floats more. */
 void decoding_step(const shape *s, const float *weights, const float *turns, float *keys, float *values, float *stream,
                    float *logits, size position, float eps, float *room, size threads) {
 #pragma omp parallel num_threads(threads)

@@ -79,7 +79,7 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_the_reference(build, batch, fi
     found, rounded = (decoded(kind, transformer, head, hidden, first) for kind in (FusedDecoder, Decoder))
     exact = decoded(Decoder, transformer.float(), head.float(), hidden.float(), first)
     assert found.dtype == torch.float32
-    assert (found - exact).norm() < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert (found - exact).norm() < 0.7 * (rounded - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

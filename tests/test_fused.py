@@ -1,6 +1,7 @@
 """Decoding by the kernel in C beside `Decoder`, and when it is left to that."""
 
 import copy
+import mmap
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from prior import fused
 from prior.decoding import Decoder
-from prior.fused import FusedDecoder, decoder_of
+from prior.fused import LARGE, FusedDecoder, decoder_of, reserved
 from prior.transformer import Transformer
 from tokenizer import kernels
 from tokenizer.processor import CAPABILITIES
@@ -151,3 +152,13 @@ def test_more_positions_than_there_are_places_are_refused(build):
     decoder = FusedDecoder(transformer, head, PLACES[:2])
     with pytest.raises(ValueError, match="3 positions are more than the cache was made for, 2"):
         decoder.logits(torch.zeros(1, 32), 2, decoder.caches(1))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_memory_is_as_large_as_asked_for_and_lasts_as_long_as_its_parts(there, monkeypatch):
+    if not there:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    for rows in (3, LARGE // 64 + 1):
+        part = reserved(rows, 16).fill_(2.0)[1:]
+        assert part.shape == (rows - 1, 16)
+        assert part.sum() == 32 * (rows - 1)

@@ -20,8 +20,9 @@ from tokenizer.pretrained import PretrainedModel, nearest
 
 from .config import PriorConfig
 from .decoding import Decoder
+from .fused import decoder_of
 from .sampling import guidance_scales, guide, sample
-from .transformer import KVCache, Linear, Transformer, initialize
+from .transformer import Linear, Transformer, initialize
 
 Labels = Tensor | Sequence[int | str]  # (B,), numbers or, in a sequence, names of classes
 
@@ -122,7 +123,7 @@ class AutoregressivePrior(PretrainedModel):
         batches = zip(*(part.split(batch_size) for part in (classes, prefix, uniforms)), strict=True)
         num_steps = num_samples * (self.config.num_tokens - prefix.shape[1])
         with self.evaluating(), tqdm(total=num_steps, unit="token", disable=not progress) as bar:
-            decoder = Decoder(self.transformer, self.head, self.coordinates())
+            decoder = decoder_of(self.transformer, self.head, self.coordinates())
             grids = torch.cat([self.complete(*batch, decoder, scales, choose, bar) for batch in batches])
         return grids.unflatten(1, self.config.token_shape)
 
@@ -150,7 +151,7 @@ class AutoregressivePrior(PretrainedModel):
             classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
         copies = 1 + guided
         hidden = self.embed(classes, prefix.repeat(copies, 1))  # (copies * B, n + 1, W)
-        caches = [KVCache(self.config.num_tokens) for _ in decoder.blocks]
+        caches = decoder.caches(len(hidden))
         if start:
             self.transformer(hidden[:, :-1], self.coordinates()[:start], caches)
         newest = hidden[:, -1]  # (copies * B, W)
@@ -161,7 +162,7 @@ class AutoregressivePrior(PretrainedModel):
             tokens[:, position] = choose(logits, uniforms[:, position])
             if position + 1 < self.config.num_tokens:
                 known = tokens[:, position].clamp(max=self.config.vocab_size - 1)  # one beyond is told below
-                embedded = self.token_embedding(known.repeat(copies))
+                embedded = self.token_embedding(known.repeat(copies) if guided else known)
                 newest = embedded + self.place_embedding.weight[position + 1]
             bar.update(batch)
         if (tokens == self.config.vocab_size).any():  # what is drawn where probabilities are not numbers

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tokenizer.products import product
 
-from .transformer import NORM_EPS, Block, KVCache, RMSNorm, Transformer, rotary_angles
+from .transformer import NORM_EPS, Attention, Block, KVCache, RMSNorm, Transformer, rotary_angles
 
 
 class Decoder:
@@ -24,7 +24,12 @@ class Decoder:
     def __init__(self, transformer: Transformer, head: nn.Linear, coordinates: Tensor):
         angles = rotary_angles(coordinates, transformer.head_width)
         self.blocks = [DecoderBlock(block, angles) for block in transformer.blocks]
-        self.head = matrix_after(transformer.norm, head)
+        self.head = matrix(weight_after(transformer.norm, head))
+        self.capacity = len(coordinates)
+
+    def caches(self, batch: int) -> list[KVCache]:
+        """Empty ones, one per block, for a batch."""
+        return [KVCache(self.capacity) for _ in self.blocks]
 
     def logits(self, hidden: Tensor, position: int, caches: list[KVCache]) -> Tensor:
         """The input (B, W) at a position, with caches of all before it, which it joins, to (B, V) float32."""
@@ -39,16 +44,11 @@ class DecoderBlock:
     def __init__(self, block: Block, angles: Tensor):
         attention, feed_forward = block.attention, block.feed_forward
         self.num_heads = attention.num_heads
-        self.expand_attention = matrix_after(block.attention_norm, attention.expand)
+        self.expand_attention = matrix(weight_after(block.attention_norm, attention.expand))
         self.project_attention = matrix(attention.project.weight)
-        self.expand_feed_forward = matrix_after(block.feed_forward_norm, feed_forward.expand)
+        self.expand_feed_forward = matrix(weight_after(block.feed_forward_norm, feed_forward.expand))
         self.project_feed_forward = matrix(feed_forward.project.weight)
-        scale = 2 * angles.shape[1]  # d: the queries also carry the scale of the scores
-        query_norm, key_norm = (whole(norm.weight).float() for norm in (attention.query_norm, attention.key_norm))
-        norms = torch.stack([query_norm * scale**-0.5, key_norm])
-        cosine, sine = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d / 2)
-        self.straight = (norms * torch.cat([cosine, cosine], dim=2))[:, :, None]  # (T, 2, 1, d)
-        self.crossed = (norms.roll(angles.shape[1], 1) * torch.cat([-sine, sine], dim=2))[:, :, None]
+        self.straight, self.crossed = (factors[:, :, None] for factors in turning(attention, angles))  # (T, 2, 1, d)
 
     def step(self, hidden: Tensor, position: int, cache: KVCache) -> Tensor:
         """Inputs (B, W) at a position to outputs (B, W)."""
@@ -76,10 +76,23 @@ def unit_rms(vectors: Tensor) -> Tensor:
     return vectors * vectors.square().mean(dim=-1, keepdim=True).add_(NORM_EPS).rsqrt_()
 
 
-def matrix_after(norm: RMSNorm, linear: nn.Linear) -> Tensor:
-    """The matrix (in, out) of a linear layer, with the weight of the norm before it."""
+def turning(attention: Attention, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """What rotation by angles (T, d / 2) multiplies normalised queries and keys by, and the other of each pair.
+
+    Both (T, 2, d) float32, with both norms' weights and, of the queries, the scale of the scores.
+    """
+    half = angles.shape[1]
+    query_norm, key_norm = (whole(norm.weight).float() for norm in (attention.query_norm, attention.key_norm))
+    norms = torch.stack([query_norm * (2 * half) ** -0.5, key_norm])
+    cosine, sine = angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, d / 2)
+    crossed = norms.roll(half, 1) * torch.cat([-sine, sine], dim=2)
+    return norms * torch.cat([cosine, cosine], dim=2), crossed
+
+
+def weight_after(norm: RMSNorm, linear: nn.Linear) -> Tensor:
+    """The weight (out, in) of a linear layer, with that of the norm before it."""
     weight = whole(linear.weight)
-    return matrix((weight.float() * whole(norm.weight).float()).type_as(weight))
+    return (weight.float() * whole(norm.weight).float()).type_as(weight)
 
 
 def matrix(weight: Tensor) -> Tensor:

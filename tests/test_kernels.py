@@ -1,5 +1,6 @@
 """That the kernels are here where they can be, and the memory that they are given."""
 
+import mmap
 import platform
 import shutil
 import threading
@@ -24,8 +25,11 @@ def test_where_they_were_not_built_there_is_no_library():
     assert library("default") is None
 
 
+@pytest.mark.parametrize("huge_pages", [True, False])
 @pytest.mark.parametrize("count", [0, 1, LARGE // 4 - 1, LARGE // 4, LARGE])
-def test_memory_is_that_of_any_tensor(count):
+def test_memory_is_that_of_any_tensor(count, huge_pages, monkeypatch):
+    if not huge_pages:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):

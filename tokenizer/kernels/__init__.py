@@ -22,7 +22,7 @@ def library(name: str) -> ctypes.CDLL | None:
         file = Path(__file__).parent / (name + suffix)
         if file.exists():
             found = ctypes.CDLL(str(file))  # its threads are PyTorch's: both ask for the same libgomp
-            for count in ("lanes", "norm_room", "winograd_numbers", "winograd_tiles"):
+            for count in ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_tiles"):
                 getattr(found, count).restype = ctypes.c_ssize_t
             return found
     return None

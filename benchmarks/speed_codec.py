@@ -142,7 +142,7 @@ def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
 def second_kernels(model: nn.Module) -> int:
     """Bytes of what its convolutions hold beside their weights, by the pictures that they have met."""
     packed = [layer.packed for layer in model.modules() if isinstance(layer, WinogradConv2d)]
-    return sum(kernel.nbytes for kernel in packed if kernel is not None)
+    return sum(held[0].nbytes for held in packed if held is not None)
 
 
 def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], Tensor]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
@@ -30,8 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from tokenizer import ImageTokenizer
-from tokenizer.winograd import WinogradConv2d
+from tokenizer import ImageTokenizer, winograd
 from train.checkpoint import RunFolder
 from train.config import parse
 from train.data import Batch, training_batches
@@ -210,9 +210,6 @@ class Peer(nn.Module):
     def __init__(self, ours: ImageTokenizer, run: TokenizerRun, channels_last: bool = False, bfloat16: bool = False):
         super().__init__()
         self.autoencoder, self.bfloat16 = deepcopy(ours.autoencoder), bfloat16
-        for layer in self.autoencoder.modules():
-            if isinstance(layer, WinogradConv2d):
-                layer.is_for_tiles = lambda features: False  # PyTorch's own convolutions
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         size = ours.quantizer.num_codes
         layer = VectorQuantize(ours.config.codebook_dim, size, decay=0.8, commitment_weight=1.0, accept_image_fmap=True)
@@ -225,7 +222,8 @@ class Peer(nn.Module):
 
         def step() -> None:
             images = (crops.float() / 255 * 2 - 1).to(memory_format=self.layout)
-            with torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bfloat16):
+            of_pytorch = patch.object(winograd, "LIBRARY", None)  # its convolutions
+            with of_pytorch, torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bfloat16):
                 codes, _, commitment = self.quantizer(self.autoencoder.encoder(images))
                 loss = F.mse_loss(self.autoencoder.decoder(codes).float(), images) + commitment.sum()
             self.optimizer.zero_grad()

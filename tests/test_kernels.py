@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from tokenizer import kernels
 from tokenizer.kernels import LANES, LARGE, LIBRARY, Workspace, empty, library
 
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -23,6 +24,17 @@ def test_where_there_is_a_compiler_they_were_built():
 
 def test_where_they_were_not_built_there_is_no_library():
     assert library("default") is None
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built here")
+def test_one_that_cannot_be_loaded_or_is_of_another_version_is_told_of_and_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERFACE", -1)
+    with pytest.warns(UserWarning, match="it was built from another version; install the package again"):
+        assert library("avx2") is None
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / f"avx2{kernels.EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is left out, so that all takes longer: .*file too short"):
+        assert library("avx2") is None
 
 
 @pytest.mark.parametrize("huge_pages", [True, False])

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -58,6 +59,26 @@ def test_it_is_group_norm_and_silu_and_so_are_its_gradients(batch, vectors, grou
     by_pytorch = torch.autograd.grad(F.silu(norm(features)), inputs, towards)
     for by_kernel, plain in zip(gradients, by_pytorch, strict=True):
         assert torch.equal(by_kernel, plain)
+
+
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3)), ids=str)
+def test_any_of_them_may_want_gradients(wanted):
+    norm, features = norm_of(LANES, 2), torch.randn(2, LANES, 5, 5).requires_grad_(wanted[0])
+    norm.weight, norm.bias = (nn.Parameter(torch.randn(2 * LANES)[::2], want) for want in wanted[1:])
+    found, expected = activated(norm, features), exactly(norm, features)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    chosen = [tensor for tensor in (features, norm.weight, norm.bias) if tensor.requires_grad]
+    if chosen:
+        gradients = (torch.autograd.grad(each.square().sum(), chosen) for each in (found, expected))
+        for by_kernel, exact in zip(*gradients, strict=True):
+            torch.testing.assert_close(by_kernel, exact, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_too_much_for_the_cache_is_written_past_it_and_the_same():
+    norm, features = norm_of(LANES, 2), torch.randn(1, LANES, 640, 840)
+    assert features.numel() > 2**22
+    torch.testing.assert_close(activated(norm, features).double(), exactly(norm, features), rtol=1e-5, atol=1e-5)
 
 
 def test_silu_is_right_at_its_ends_and_carries_on_what_is_not_finite():

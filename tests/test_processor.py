@@ -15,8 +15,8 @@ OLD = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
         (OLD, False, False),  # Skylake, Ice Lake
         (OLD | {"avx512_bf16": True}, False, True),  # Zen 4, Cooper Lake
         (OLD | {"avx512_bf16": True, "amx_bf16": True}, True, True),  # Sapphire Rapids
-        ({"architecture": "arm64", "bf16": True}, True, True),
-        ({}, True, True),  # an older PyTorch
+        ({"architecture": "arm64", "bf16": True}, False, True),
+        ({}, False, True),  # an older PyTorch
     ],
 )
 def test_bfloat16_is_faster_where_there_are_instructions_for_it_and_no_kernels(

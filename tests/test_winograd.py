@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from processes import run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer import winograd
 from tokenizer.kernels import LANES, LIBRARY
@@ -47,6 +50,14 @@ def exactly(convolution: WinogradConv2d, features: Tensor) -> Tensor:
     return F.conv2d(features, convolution.weight.double(), bias, padding=1)
 
 
+def goes_by_tiles(convolution: WinogradConv2d, features: Tensor) -> bool:
+    return winograd.is_for_tiles(features, convolution.weight, convolution.bias, convolution.doubled)
+
+
+def plainly(convolution: WinogradConv2d, features: Tensor) -> Tensor:
+    return winograd.convolution(features, convolution.weight, convolution.bias, convolution.doubled)
+
+
 @given(
     doubled=st.booleans(),
     batch=st.integers(1, 5),
@@ -72,25 +83,69 @@ def test_it_is_the_convolution_and_so_are_its_gradients(
     step = 2 if doubled else 4
     tiles = math.ceil(height / step) * math.ceil(width / step)
     of_tiles = batch * tiles >= FEWEST_TILES and tiles * step**2 <= 2 * height * width
-    assert convolution.is_for_tiles(features) == of_tiles
+    assert goes_by_tiles(convolution, features) == of_tiles
     found, expected = convolution(features), exactly(convolution, features)
     assert found.dtype == torch.float32
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 3e-6 * expected.norm()
     towards = torch.randn_like(found)
-    inputs = [features, *convolution.parameters()]
+    inputs = [features, convolution.weight]  # a bias has sums of any convolution
     gradients = torch.autograd.grad(found, inputs, towards), torch.autograd.grad(expected, inputs, towards.double())
     for by_tiles, exact in zip(*gradients, strict=True):
         assert by_tiles.dtype == torch.float32
         assert (by_tiles - exact).norm() <= 3e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda weight: weight,
+        lambda weight: weight.contiguous(memory_format=torch.channels_last),
+        lambda weight: weight.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda weight: weight[:, :1].expand(weight.shape),
+    ],
+    ids=["plain", "channels last", "turned", "expanded"],
+)
+def test_any_of_them_may_want_gradients_whatever_the_layout(convolution, features, wanted, laid_out):
+    del convolution.weight
+    given = [features, laid_out(torch.randn(2 * LANES, LANES, 3, 3)), torch.randn(4 * LANES)[::2]]
+    inputs = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)]
+    convolution.weight, convolution.bias = (nn.Parameter(tensor, tensor.requires_grad) for tensor in inputs[1:])
+    inputs[1:] = convolution.weight, convolution.bias
+    assert goes_by_tiles(convolution, features)
+    found, expected = convolution(inputs[0]), exactly(convolution, inputs[0])
+    assert (found - expected).norm() <= 3e-6 * expected.norm()
+    chosen = [tensor for tensor in inputs if tensor.requires_grad]
+    if chosen:
+        gradients = (torch.autograd.grad(each.square().sum(), chosen) for each in (found, expected))
+        for by_tiles, exact in zip(*gradients, strict=True):
+            assert (by_tiles - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_many_gradients_at_once_are_those_of_any_convolution(convolution, features):
+    features.requires_grad_()
+    towards = torch.randn(3, *convolution(features).shape)
+    found, expected = (
+        torch.autograd.grad(convolve(convolution, features), features, towards, is_grads_batched=True)[0]
+        for convolve in (WinogradConv2d.forward, plainly)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_too_much_for_the_cache_is_written_past_it_and_the_same():
+    convolution, features = WinogradConv2d(LANES, LANES), torch.randn(1, LANES, 640, 840)
+    assert features.numel() > 2**22
+    assert (convolution(features) - exactly(convolution, features)).norm() <= 3e-6 * features.norm()
+
+
 def test_gradients_of_gradients_are_those_of_any_convolution(convolution, features):
     """As a penalty on gradients needs them."""
     features.requires_grad_()
     inputs, seconds = [features, *convolution.parameters()], []
-    for convolve in (convolution, convolution.plainly):
-        result = convolve(features)
+    for convolve in (WinogradConv2d.forward, plainly):
+        result = convolve(convolution, features)
         (first,) = torch.autograd.grad(result.square().sum(), features, create_graph=True)
         seconds.append(torch.autograd.grad(first.square().sum(), inputs))
     for found, expected in zip(*seconds, strict=True):
@@ -99,8 +154,8 @@ def test_gradients_of_gradients_are_those_of_any_convolution(convolution, featur
 
 def test_it_rounds_otherwise_than_any_convolution(convolution, features):
     """Else nothing here would test the kernels."""
-    assert convolution.is_for_tiles(features)
-    assert not torch.equal(convolution(features), convolution.plainly(features))
+    assert goes_by_tiles(convolution, features)
+    assert not torch.equal(convolution(features), plainly(convolution, features))
 
 
 def test_no_picture_depends_on_those_beside_it_nor_on_gradients_nor_threads(convolution, features):
@@ -149,23 +204,25 @@ def test_what_is_added_is_added_in_its_type(convolution, features, gradients, mo
 
 
 def test_what_is_narrow_small_unbatched_or_of_another_type_is_left_to_any_convolution(convolution, features):
-    assert convolution.is_for_tiles(features)
-    assert convolution.is_for_tiles(features[..., :9])
-    assert not convolution.is_for_tiles(features[:, :, :1, :9])
-    assert not convolution.is_for_tiles(features[:1, :, :4, :4])
-    assert not convolution.is_for_tiles(features[:0])
-    assert not convolution.is_for_tiles(features[0])
-    assert not convolution.is_for_tiles(features[:, 1:])
-    assert not convolution.is_for_tiles(features.double())
-    assert not WinogradConv2d(LANES - 1, LANES).is_for_tiles(features[:, 1:])
-    assert not convolution.double().is_for_tiles(features)
+    assert goes_by_tiles(convolution, features)
+    assert goes_by_tiles(convolution, features[..., :9])
+    assert not goes_by_tiles(convolution, features[:, :, :1, :9])
+    assert not goes_by_tiles(convolution, features[:1, :, :4, :4])
+    assert not goes_by_tiles(convolution, features[:0])
+    assert not goes_by_tiles(convolution, features[0])
+    assert not goes_by_tiles(convolution, features[:, 1:])
+    assert not goes_by_tiles(convolution, features.double())
+    assert not goes_by_tiles(convolution, features.bfloat16())
+    assert not goes_by_tiles(convolution, torch._neg_view(features))
+    assert not goes_by_tiles(WinogradConv2d(LANES - 1, LANES), features[:, 1:])
+    assert not goes_by_tiles(convolution.double(), features)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @torch.no_grad()
 def test_what_is_not_finite_is_carried_on(convolution, features, value):
     features[1, 0, 2, 2] = value
-    found, expected = convolution(features), convolution.plainly(features)
+    found, expected = convolution(features), plainly(convolution, features)
     assert not found[~expected.isfinite()].isfinite().any()
     assert found[0].isfinite().all()
     features = features[:1]
@@ -176,18 +233,19 @@ def test_what_is_not_finite_is_carried_on(convolution, features, value):
 LESSER = """
 import torch
 from tokenizer.kernels import LANES
-from tokenizer.winograd import WinogradConv2d
+from tokenizer.winograd import WinogradConv2d, convolution, is_for_tiles
 torch.manual_seed(0)
 for doubled in (False, True):
     layer, features = WinogradConv2d(40, 72, doubled), torch.randn(2, 40, 12, 9, requires_grad=True)
-    assert LANES == 8 and layer.is_for_tiles(features)
-    for convolve in (layer, layer.plainly):
+    assert LANES == 8 and is_for_tiles(features, layer.weight, layer.bias, doubled)
+    plainly = lambda features: convolution(features, layer.weight, layer.bias, doubled)
+    for convolve in (layer, plainly):
         layer.zero_grad()
         features.grad = None
         found = convolve(features)
         found.square().mean().backward()
         print(*(tensor.double().norm().item() for tensor in (found, features.grad, layer.weight.grad)))
-    print((layer(features) - layer.plainly(features)).norm().item())
+    print((layer(features) - plainly(features)).norm().item())
 """
 
 
@@ -254,7 +312,7 @@ def test_a_weight_that_does_not_change_is_packed_once(convolution, features, com
     if computed:
         nn.utils.parametrizations.weight_norm(convolution)
     expected = convolution(features)
-    torch.testing.assert_close(expected, convolution.plainly(features))
+    torch.testing.assert_close(expected, plainly(convolution, features))
     monkeypatch.setattr(winograd, "pack", None)
     assert torch.equal(convolution(features), expected)
 
@@ -264,7 +322,7 @@ def test_what_is_packed_goes_where_the_weights_go(convolution, features):
     convolution(features)
     assert convolution.packed is not None
     assert convolution.double().packed is None
-    assert torch.equal(convolution(features.double()), convolution.plainly(features.double()))
+    assert torch.equal(convolution(features.double()), plainly(convolution, features.double()))
 
 
 @torch.no_grad()
@@ -302,7 +360,7 @@ def test_tangents_of_parameters_meet_any_convolution(convolution, features, name
 
 @torch.no_grad()
 def test_compilers_transforms_and_other_tensors_meet_any_convolution(convolution, features):
-    expected = convolution.plainly(features)
+    expected = plainly(convolution, features)
     assert torch.equal(torch.compile(convolution, backend="eager", fullgraph=True)(features), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated
@@ -310,6 +368,10 @@ def test_compilers_transforms_and_other_tensors_meet_any_convolution(convolution
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert convolution(mode.from_tensor(features)).shape == expected.shape
     assert torch.equal(torch.func.vmap(convolution)(features[None])[0], expected)
+    assert torch.equal(make_fx(convolution)(features)(features), expected)
+    with FlopCounterMode(display=False) as counter:
+        convolution(features)
+    assert counter.get_total_flops() > expected.numel()
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -319,7 +381,7 @@ def test_autocast_rounds_only_where_bfloat16_is_faster(convolution, features, fa
     in_float32 = convolution(features), convolution(features.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
         found = convolution(features), convolution(features.bfloat16())
-        rounded = convolution.plainly(features)
+        rounded = plainly(convolution, features)
     expected = (rounded, rounded) if faster else in_float32
     for each, other in zip(found, expected, strict=True):
         assert torch.equal(each, other)
@@ -328,6 +390,6 @@ def test_autocast_rounds_only_where_bfloat16_is_faster(convolution, features, fa
 
 
 def test_where_the_kernels_were_not_built_it_is_any_convolution(convolution, features, monkeypatch):
-    expected = convolution.plainly(features)
+    expected = plainly(convolution, features)
     monkeypatch.setattr(winograd, "LIBRARY", None)
     assert torch.equal(convolution(features), expected)

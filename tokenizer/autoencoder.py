@@ -15,6 +15,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module
 
 from .normalisation import activated, group_norm
 from .processor import numbers_alone
@@ -127,8 +128,9 @@ class ResidualBlock(nn.Module):
         hidden = activated(self.norm1, features)
         if not torch.is_autocast_enabled(features.device.type):  # which chooses the type by itself
             hidden = hidden.to(self.conv1.weight.dtype)
-        hidden = activated(self.norm2, self.conv1(hidden), spare=True)
-        return self.conv2(self.dropout(hidden), self.shortcut(features))
+        seen = self.conv1._forward_hooks or module._global_forward_hooks  # by others, who may keep what they are given
+        hidden = activated(self.norm2, self.conv1(hidden), spare=not seen)
+        return self.conv2(self.dropout(hidden), self.shortcut(features).to(features.dtype))
 
     def branch_to(self, dtype: torch.dtype) -> None:
         """Compute in this type from the first convolution to the second; what is added to remains as it comes."""
@@ -171,7 +173,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves both sides: a stride-2 convolution, padded by one pixel at the right and the bottom.
+    """Halves even sides: a stride-2 convolution, padded by one pixel at the right and the bottom.
 
     It is padded by two all around instead, and the first row and column of the result left out, as copying features
     into a larger tensor takes a third of the time.

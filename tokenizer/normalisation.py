@@ -8,7 +8,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .kernels import LANES, WORKSPACE, empty, run
-from .processor import are_plain
+from .processor import are_plain, wants_gradient
+from .reference import gradients_by
 
 
 def group_norm(channels: int, norm_groups: int) -> nn.Module:
@@ -19,17 +20,16 @@ def group_norm(channels: int, norm_groups: int) -> nn.Module:
 def activated(norm: nn.Module, features: Tensor, spare: bool = False) -> Tensor:
     """SiLU of the normed features (B, C, H, W), by the kernel where it can be, but in training.
 
-    What is `spare` is not needed any more: without gradients its memory may be that of the result, as new memory takes
-    longer on a CPU.
+    What is `spare` is not needed any more: without gradients the kernel may write the result over it, as new memory
+    takes longer.
     """
     if isinstance(norm, nn.GroupNorm) and not norm.training and is_for_kernel(norm, features):
         given = features, norm.weight, norm.bias, norm.num_groups, norm.eps
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given[:3])
-        return NormedSiLU.apply(*given) if wanted else normed_silu(*given, spare)
+        return NormedSiLU.apply(*given) if wants_gradient(*given[:3]) else normed_silu(*given, spare)
     normed = norm(features)
-    spare = (spare or normed is not features) and not torch.is_grad_enabled()
+    own = normed is not features and not torch.is_grad_enabled()
     # A grid of one place would keep other strides than with gradients, and the next layer round in another way.
-    return F.silu(normed, inplace=spare and normed.shape[2:].numel() > 1)
+    return F.silu(normed, inplace=own and normed.shape[2:].numel() > 1)
 
 
 def is_for_kernel(norm: nn.GroupNorm, features: Tensor) -> bool:
@@ -40,6 +40,7 @@ def is_for_kernel(norm: nn.GroupNorm, features: Tensor) -> bool:
         and features.ndim == 4
         and features.shape[1] == norm.num_channels
         and norm.num_channels % LANES == 0
+        and norm.weight.shape == norm.bias.shape == (norm.num_channels,)
         and features.numel() > len(features) * norm.num_groups  # else PyTorch refuses to norm it
         and not torch.is_autocast_enabled("cpu")
         and all(tensor.dtype == torch.float32 for tensor in given)
@@ -55,7 +56,18 @@ def normed_silu(
     sizes = len(features), features.shape[2:].numel(), features.shape[1]
     result = features if spare else empty(*features.shape, memory_format=torch.channels_last)
     room = WORKSPACE.of(run("norm_room", *sizes))
-    run("norm_silu", features, weight, bias, result, *sizes, groups, epsilon, room, torch.get_num_threads())
+    run(
+        "norm_silu",
+        features,
+        weight.contiguous(),
+        bias.contiguous(),
+        result,
+        *sizes,
+        groups,
+        epsilon,
+        room,
+        torch.get_num_threads(),
+    )
     return result
 
 
@@ -70,15 +82,9 @@ class NormedSiLU(Function):
 
     @staticmethod
     def backward(ctx, towards):
-        again = torch.is_grad_enabled()  # whether gradients of gradients are wanted
-        given = ctx.saved_tensors if again else [tensor.detach() for tensor in ctx.saved_tensors]
-        wanted = ctx.needs_input_grad[:3]
-        with torch.enable_grad():
-            groups, epsilon = ctx.settings
-            if not again:
-                for tensor, want in zip(given, wanted, strict=True):
-                    tensor.requires_grad_(want)
-            result = F.silu(F.group_norm(given[0], groups, *given[1:], epsilon))
-            inputs = [tensor for tensor, want in zip(given, wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(result, inputs, towards, create_graph=again))
-        return *(next(found) if want else None for want in wanted), None, None
+        groups, epsilon = ctx.settings
+
+        def reference(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.silu(F.group_norm(features, groups, weight, bias, epsilon))
+
+        return *gradients_by(reference, ctx.saved_tensors, ctx.needs_input_grad[:3], towards), None, None

@@ -39,7 +39,7 @@ def bfloat16_is_faster() -> bool:
 
     With products of matrices (AMX) nobody has measured either.
     """
-    return multiplies_bfloat16() and (LIBRARY is None or CAPABILITIES.get("amx_bf16", True))
+    return multiplies_bfloat16() and (LIBRARY is None or CAPABILITIES.get("amx_bf16", False))
 
 
 def numbers_alone(*tensors: Tensor) -> bool:
@@ -51,16 +51,33 @@ def numbers_alone(*tensors: Tensor) -> bool:
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether these lie on a CPU and what is done with them is done now, not traced, compiled or transformed."""
+    """Whether these lie on a CPU and what is done with them is done now: not traced, compiled, transformed, watched."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and not is_watched()
         and all(is_plain(tensor) for tensor in tensors)
     )
 
 
+def is_watched() -> bool:
+    """Whether operators are counted, recorded or replaced, of which what goes past PyTorch would not be one."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is dense, on a CPU, of no subclass, and has no tangent."""
-    on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    return type(tensor) in (Tensor, Parameter) and on_cpu and unpack_dual(tensor).tangent is None
+    """Whether it is dense, on a CPU, of no subclass, holds its numbers as they are, and has no tangent."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and torch._C._has_storage(tensor)  # not so of many gradients at once
+        and not tensor.is_neg()
+        and unpack_dual(tensor).tangent is None
+    )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether what is made of these has a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .processor import numbers_alone, onednn_operator
+from .processor import numbers_alone, onednn_operator, wants_gradient
 
 ONEDNN_LINEAR = onednn_operator("mkldnn", "_linear_pointwise")
 FEWEST_ROWS = 4  # of the left matrix: with fewer, MKL is done before oneDNN has begun
@@ -41,10 +41,6 @@ def is_for_onednn(left: Tensor, right: Tensor) -> bool:
         and (not wants_gradient(left, right) or len(left) * right.numel() >= FEWEST_PRODUCTS)
         and numbers_alone(left, right)
     )
-
-
-def wants_gradient(*factors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
 
 
 def by_onednn(left: Tensor, weight: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """3x3 convolutions on a CPU with a quarter of the products, by Winograd's minimal filtering (kernels/winograd.c).
 
-The result is off by three times as much as by plain sums, some 4e-6 of its size. Shapes: B batch, C O channels in and
+The result is off by four times as much as by plain sums, some 1e-6 of its size. Shapes: B batch, C O channels in and
 out, H W sides, n numbers taken of a tile along an axis.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import Self
 
 import torch
@@ -14,9 +14,11 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .kernels import LANES, LIBRARY, WORKSPACE, Workspace, empty, run
-from .processor import are_plain, bfloat16_is_faster
+from .processor import are_plain, bfloat16_is_faster, wants_gradient
+from .reference import gradients_by
 
 FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
+FEWEST_OF_THREAD = 8  # tiles, of all pictures
 MOST_COMPUTED = 2  # for each pixel that is asked for: tiles reach beyond a picture
 PIXELS = 4  # of a side of what comes of a tile
 
@@ -31,49 +33,31 @@ class WinogradConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, doubled: bool = False):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.doubled = doubled
-        self.packed: Tensor | None = None
-        self.packed_of: Tensor | None = None  # the `print_of` the weight
+        self.packed: tuple[Tensor, Tensor] | None = None  # what is taken of the weight, and the weight's `print_of`
 
     def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W'), and to what is added, in the type of that.
 
         Under autocast, too, it is in float32 where it is by tiles.
         """
-        if not self.is_for_tiles(features):
-            result = self.plainly(features)
-        elif wants_gradient(features, *self.given()):
-            result = ByTiles.apply(features.float(), self.weight, self.bias, self.doubled)
+        weight, bias = self.weight, self.bias  # once: they may be computed from others
+        if not is_for_tiles(features, weight, bias, self.doubled):
+            result = convolution(features, weight, bias, self.doubled)
+        elif wants_gradient(features, weight, bias):
+            result = ByTiles.apply(features.float(), weight, bias, self.doubled)
         else:
-            given = features.float(), self.packed_now(), self.out_channels, self.bias, self.doubled
+            given = features.float(), self.packed_of(weight.detach()), len(weight), bias, self.doubled
             if added is not None and added.dtype == torch.float32 and are_plain(added) and not wants_gradient(added):
                 return convolve(*given, added)
             result = convolve(*given)
         return result if added is None else result.to(added.dtype).add_(added)
 
-    def plainly(self, features: Tensor) -> Tensor:
-        """As any convolution."""
-        return convolution(features, self.weight, self.bias, self.doubled)
-
-    def is_for_tiles(self, features: Tensor) -> bool:
-        """Whether the kernels are here, take these, and were seen to be faster."""
-        if LIBRARY is None or self.weight.dtype != torch.float32 or not is_for_tiles(features, *self.given()):
-            return False
-        if features.ndim != 4 or features.shape[1] != self.in_channels or self.in_channels < LANES:
-            return False  # what it means, or why it is refused, any convolution tells
-        tiles = tiles_of(*features.shape[2:], self.doubled)
-        few = len(features) * tiles < FEWEST_TILES
-        return not few and tiles * (PIXELS >> self.doubled) ** 2 <= MOST_COMPUTED * features.shape[2:].numel()
-
-    def given(self) -> list[Tensor]:
-        """Weight and bias, whatever they are computed from."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def packed_now(self) -> Tensor:
+    def packed_of(self, weight: Tensor) -> Tensor:
         """What is taken of the weight; made anew where that has changed."""
-        of_now = print_of(self.weight.detach())
-        if self.packed is None or not torch.equal(self.packed_of, of_now):
-            self.packed, self.packed_of = pack(self.weight.detach(), self.doubled), of_now
-        return self.packed
+        of_now, held = print_of(weight), self.packed
+        if held is None or not torch.equal(held[1], of_now):
+            held = self.packed = pack(weight, self.doubled), of_now
+        return held[0]
 
     def _apply(self, *arguments: object, **options: object) -> Self:
         self.packed = None  # it does not follow to another device or type
@@ -83,21 +67,30 @@ class WinogradConv2d(nn.Conv2d):
         return self.__dict__ | {"packed": None}  # it need not travel
 
 
+def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> bool:
+    """Whether the kernels are here, take these, and were seen to be faster."""
+    parameters = [weight] if bias is None else [weight, bias]
+    if LIBRARY is None or {parameter.dtype for parameter in parameters} != {torch.float32}:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        faster = features.dtype in (torch.float32, torch.bfloat16) and not bfloat16_is_faster()
+    else:
+        faster = features.dtype == torch.float32
+    if not faster or not are_plain(features, *parameters):
+        return False
+    if features.ndim != 4 or weight.shape[1:] != (features.shape[1], 3, 3) or weight.shape[1] < LANES:
+        return False  # what it means, or why it is refused, any convolution tells
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    tiles = tiles_of(*features.shape[2:], doubled)
+    enough = len(features) * tiles >= FEWEST_TILES
+    return enough and tiles * (PIXELS >> doubled) ** 2 <= MOST_COMPUTED * features.shape[2:].numel()
+
+
 def tiles_of(height: int, width: int, doubled: bool) -> int:
     """That cover a picture."""
     step = PIXELS >> doubled
     return -(-height // step) * -(-width // step)
-
-
-def is_for_tiles(features: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels may take them: plain tensors, in a type that the processor does not multiply faster."""
-    faster = torch.is_autocast_enabled("cpu") and bfloat16_is_faster()
-    dtypes = [torch.float32, torch.bfloat16] if torch.is_autocast_enabled("cpu") else [torch.float32]
-    return features.dtype in dtypes and not faster and are_plain(features, *others)
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def print_of(weight: Tensor) -> Tensor:
@@ -138,12 +131,9 @@ class ByTiles(Function):
 
     @staticmethod
     def backward(ctx, towards):
-        wanted, (features, weight, bias) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        if torch.is_grad_enabled():  # gradients of gradients are wanted
-            result = convolution(features, weight, bias, ctx.doubled)
-            inputs = [tensor for tensor, want in zip(ctx.saved_tensors, wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(result, inputs, towards, create_graph=True))
-            return *(next(found) if want else None for want in wanted), None
+        wanted, (features, weight, _) = ctx.needs_input_grad[:3], ctx.saved_tensors
+        if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
+            return *gradients_by(partial(convolution, doubled=ctx.doubled), ctx.saved_tensors, wanted, towards), None
         return (
             to_features(towards, weight, ctx.doubled) if wanted[0] else None,
             to_weight(features, towards, ctx.doubled) if wanted[1] else None,
@@ -174,6 +164,10 @@ class Shape(ctypes.Structure):
     def tiles(self) -> int:
         """Of all pictures."""
         return self.pictures * tiles_of(self.height, self.width, self.doubled)
+
+    def threads(self, fewest: int) -> int:
+        """With at least so many tiles for each."""
+        return max(1, min(torch.get_num_threads(), self.tiles // fewest))
 
     def room(self, threads: int) -> int:
         """Floats that lie between the steps."""
@@ -215,23 +209,25 @@ def convolve(
     added: Tensor | None = None,
 ) -> Tensor:
     """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
-    features, threads = laid_out(features), torch.get_num_threads()
+    features = laid_out(features)
     batch, height, width, channels = features.shape
     shape = Shape(batch, height, width, channels, filled(out_channels), doubled)
+    threads = shape.threads(FEWEST_OF_THREAD)
     size = batch, out_channels, height << doubled, width << doubled
     result = empty(batch, shape.out_channels, *size[2:], memory_format=torch.channels_last)
     added = None if added is None else laid_out(added.expand(size))
     missing = shape.out_channels - out_channels
-    bias = F.pad(bias, (0, missing)) if missing and bias is not None else bias
+    bias = None if bias is None else F.pad(bias, (0, missing)).contiguous()
     run("winograd_convolve", shape, features, packed, bias, added, result, WORKSPACE.of(shape.room(threads)), threads)
     return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
 
 def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
     """The gradient of the weight (O, C, 3, 3) from features and that of the result."""
-    channels, out_channels, threads = features.shape[1], towards.shape[1], torch.get_num_threads()
+    channels, out_channels = features.shape[1], towards.shape[1]
     features, towards = laid_out(features), laid_out(towards)
     shape = Shape(*features.shape, towards.shape[3], doubled)
+    threads = shape.threads(TILES)  # of which each has sums of its own
     sums, room = threads * run("winograd_numbers", shape), shape.room(threads)
     sums, room = WORKSPACE.of(sums + room)[: sums + room].split([sums, room])
     weight = empty(shape.out_channels, shape.channels, 3, 3, memory_format=torch.channels_last)

@@ -9,22 +9,30 @@ import mmap
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from threading import local
+from warnings import warn
 
 import torch
 from torch import Tensor
 
+INTERFACE = 1  # of vectors.c, raised where what kernels are called with changes
+COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_tiles")
 LARGE = 2**22  # bytes, from which huge pages are asked for: new memory is 4096 bytes at a time otherwise, each a fault
 
 
 def library(name: str) -> ctypes.CDLL | None:
     """The kernels for processors with AVX2 or AVX-512, by these names in small letters."""
-    for suffix in EXTENSION_SUFFIXES:
-        file = Path(__file__).parent / (name + suffix)
-        if file.exists():
-            found = ctypes.CDLL(str(file))  # its threads are PyTorch's: both ask for the same libgomp
-            for count in ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_tiles"):
-                getattr(found, count).restype = ctypes.c_ssize_t
-            return found
+    files = [Path(__file__).parent / (name + suffix) for suffix in EXTENSION_SUFFIXES]
+    for file in filter(Path.exists, files):
+        try:
+            found = ctypes.CDLL(str(file))  # its threads are PyTorch's where that has a libgomp.so.1, as on Linux
+            if found.interface() == INTERFACE:
+                for count in COUNTS:
+                    getattr(found, count).restype = ctypes.c_ssize_t
+                return found
+            reason = "it was built from another version"
+        except (OSError, AttributeError) as error:  # another libgomp, or cut off
+            reason = str(error)
+        warn(f"{file.name} is left out, so that all takes longer: {reason}; install the package again", stacklevel=2)
     return None
 
 

@@ -1,0 +1,23 @@
+"""Gradients of what a kernel computes where those of the reference must do: of every order, for many at once."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def gradients_by(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], towards: Tensor
+) -> list[Tensor | None]:
+    """Of the inputs that are wanted, in float32 under autocast too; they have gradients where these are enabled."""
+    again = torch.is_grad_enabled()
+    if not again:
+        inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+        for tensor, want in zip(inputs, wanted, strict=True):
+            if want:
+                tensor.requires_grad_()
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        result = reference(*inputs)
+    chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(result, chosen, towards, create_graph=again))
+    return [next(found) if want else None for want in wanted]

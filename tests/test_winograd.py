@@ -215,6 +215,8 @@ def test_what_is_narrow_small_unbatched_or_of_another_type_is_left_to_any_convol
     assert not goes_by_tiles(convolution, features.bfloat16())
     assert not goes_by_tiles(convolution, torch._neg_view(features))
     assert not goes_by_tiles(WinogradConv2d(LANES - 1, LANES), features[:, 1:])
+    assert goes_by_tiles(WinogradConv2d(3, 128), torch.empty(1, 3, 256, 256))  # whose result is much new memory
+    assert not goes_by_tiles(WinogradConv2d(3, 128), torch.empty(1, 3, 256, 252))
     assert not goes_by_tiles(convolution.double(), features)
 
 
@@ -286,7 +288,10 @@ def test_weights_that_change_are_taken_as_they_are(convolution, features):
     ],
     ids=["copied", "one number", "turned over", "exchanged", "in numpy", "a fused optimizer"],
 )
-def test_changes_that_pytorch_does_not_count_are_seen_too(convolution, features, change):
+@pytest.mark.parametrize("large", [False, True])
+def test_changes_that_pytorch_does_not_count_are_seen_too(convolution, features, change, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(winograd, "LARGE_WEIGHT", 0)
     with torch.no_grad():
         convolution.weight.copy_(torch.randint(-8, 8, convolution.weight.shape))  # whose sums are exact in any order
         before = convolution(features)
@@ -294,6 +299,24 @@ def test_changes_that_pytorch_does_not_count_are_seen_too(convolution, features,
         change(convolution.weight)
         assert torch.equal(convolution(features), copy.deepcopy(convolution)(features))
         assert not torch.equal(convolution(features), before)
+
+
+@torch.no_grad()
+def test_a_single_number_of_a_large_weight_is_seen_where_pytorch_counts_its_change(convolution, features, monkeypatch):
+    monkeypatch.setattr(winograd, "LARGE_WEIGHT", 0)
+    before = convolution(features)
+    convolution.weight[1, 1, 1, 1] += 1
+    assert not torch.equal(convolution(features), before)
+
+
+@torch.no_grad()
+def test_a_row_and_a_column_of_a_large_weight_are_always_seen(convolution, features, monkeypatch):
+    monkeypatch.setattr(winograd, "LARGE_WEIGHT", 0)
+    for channel in range(LANES):
+        for part in (convolution.weight.data[channel], convolution.weight.data[:, channel]):
+            before = convolution(features)
+            part.zero_()
+            assert not torch.equal(convolution(features), before)
 
 
 def test_weights_of_inference_mode_are_taken_as_they_are_too(convolution):

@@ -20,6 +20,8 @@ from .reference import gradients_by
 FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
 FEWEST_OF_THREAD = 8  # tiles, of all pictures
 MOST_COMPUTED = 2  # for each pixel that is asked for: tiles reach beyond a picture
+LARGE_WEIGHT = 2**20  # numbers
+MUCH = 2**25  # bytes of a result: PyTorch takes longer for so much new memory than the kernel does for the whole
 PIXELS = 4  # of a side of what comes of a tile
 
 
@@ -33,7 +35,9 @@ class WinogradConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, doubled: bool = False):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.doubled = doubled
-        self.packed: tuple[Tensor, Tensor] | None = None  # what is taken of the weight, and the weight's `print_of`
+        self.packed: tuple[Tensor, int, Tensor] | None = (
+            None  # taken of a weight with these `changes_of` and `print_of`
+        )
 
     def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W'), and to what is added, in the type of that.
@@ -54,9 +58,9 @@ class WinogradConv2d(nn.Conv2d):
 
     def packed_of(self, weight: Tensor) -> Tensor:
         """What is taken of the weight; made anew where that has changed."""
-        of_now, held = print_of(weight), self.packed
-        if held is None or not torch.equal(held[1], of_now):
-            held = self.packed = pack(weight, self.doubled), of_now
+        changes, of_now, held = changes_of(weight), print_of(weight), self.packed
+        if held is None or held[1] != changes or not torch.equal(held[2], of_now):
+            held = self.packed = pack(weight, self.doubled), changes, of_now
         return held[0]
 
     def _apply(self, *arguments: object, **options: object) -> Self:
@@ -78,11 +82,13 @@ def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, doubled:
         faster = features.dtype == torch.float32
     if not faster or not are_plain(features, *parameters):
         return False
-    if features.ndim != 4 or weight.shape[1:] != (features.shape[1], 3, 3) or weight.shape[1] < LANES:
+    if features.ndim != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
         return False  # what it means, or why it is refused, any convolution tells
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
     tiles = tiles_of(*features.shape[2:], doubled)
+    if weight.shape[1] < LANES and len(features) * tiles * PIXELS**2 * len(weight) * 4 < MUCH:
+        return False  # most of what is multiplied would be filled up
     enough = len(features) * tiles >= FEWEST_TILES
     return enough and tiles * (PIXELS >> doubled) ** 2 <= MOST_COMPUTED * features.shape[2:].numel()
 
@@ -93,13 +99,23 @@ def tiles_of(height: int, width: int, doubled: bool) -> int:
     return -(-height // step) * -(-width // step)
 
 
+def changes_of(weight: Tensor) -> int:
+    """How often PyTorch has counted a change of it, which it does not in inference mode."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def print_of(weight: Tensor) -> Tensor:
     """A number of each output channel by which a change shows that is not rounding, whether PyTorch counts it or not.
 
-    Those through `.data`, in NumPy and by fused optimizers it does not count, nor any in inference mode.
+    Those through `.data`, in NumPy and by fused optimizers it does not count, nor any in inference mode. Of a large
+    weight each channel shows a quarter, another one than its neighbours': reading all of it takes a third of the time
+    that the products of a small picture take. What changes a few numbers uncounted may then go unseen.
     """
     rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy of a kernel that lies as features do
-    return rows @ waves(rows.shape[1])
+    if rows.numel() < LARGE_WEIGHT:
+        return rows @ waves(rows.shape[1])
+    parts = rows.chunk(4, dim=1)
+    return torch.cat([parts[i][i::4] @ waves(parts[i].shape[1]) for i in range(4)])
 
 
 @cache

@@ -35,9 +35,7 @@ class WinogradConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, doubled: bool = False):
         super().__init__(in_channels, out_channels, 3, padding=1)
         self.doubled = doubled
-        self.packed: tuple[Tensor, int, Tensor] | None = (
-            None  # taken of a weight with these `changes_of` and `print_of`
-        )
+        self.packed: tuple[Tensor, int, Tensor] | None = None  # beside `changes_of` and `print_of` of the weight
 
     def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
         """Features (B, C, H, W) to (B, O, H', W'), and to what is added, in the type of that.

@@ -162,7 +162,7 @@ class AutoregressivePrior(PretrainedModel):
             tokens[:, position] = choose(logits, uniforms[:, position])
             if position + 1 < self.config.num_tokens:
                 known = tokens[:, position].clamp(max=self.config.vocab_size - 1)  # one beyond is told below
-                embedded = self.token_embedding(known.repeat(copies) if guided else known)
+                embedded = self.token_embedding(known.repeat(copies))
                 newest = embedded + self.place_embedding.weight[position + 1]
             bar.update(batch)
         if (tokens == self.config.vocab_size).any():  # what is drawn where probabilities are not numbers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenizer.kernels import LIBRARY, WORKSPACE, empty, run
+from tokenizer.kernels import LIBRARY, WORKSPACE, empty, filled, run
 from tokenizer.processor import numbers_alone
 
 from .decoding import Decoder, turning, weight_after
@@ -21,7 +21,6 @@ from .transformer import NORM_EPS, RMSNorm, Transformer, rotary_angles
 PANEL = 64  # columns of a matrix that lie together: as in decoding.c, like the next two
 GROUP = 16  # floats of the widest vector, and positions of a cache that lie together
 WIDEST_HEAD = 256
-LARGE = 2**22  # bytes, from which on memory is asked for in large pages
 
 
 def decoder_of(transformer: Transformer, head: nn.Linear, coordinates: Tensor) -> "Decoder | FusedDecoder":
@@ -133,8 +132,3 @@ def packed(layers: list[tuple[RMSNorm | None, nn.Linear]], dtype: torch.dtype) -
         weight = weight.to(dtype).contiguous()
         run("decoding_pack", weight, layer.out_features, layer.in_features // word, matrix)
     return matrices
-
-
-def filled(count: int, unit: int) -> int:
-    """The next multiple of the unit."""
-    return -(-count // unit) * unit

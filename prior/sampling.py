@@ -26,7 +26,7 @@ def with_temperature(logits: Tensor, temperature: float) -> Tensor:
         raise ValueError(
             f"temperature={temperature!r} must be a finite number above 0; for the most likely token give top_k=1"
         )
-    return logits if temperature == 1 else logits / temperature
+    return logits / temperature
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -140,6 +140,15 @@ def test_what_is_too_much_for_the_cache_is_written_past_it_and_the_same():
     assert (convolution(features) - exactly(convolution, features)).norm() <= 3e-6 * features.norm()
 
 
+@torch.no_grad()
+def test_the_points_round_half_as_much_as_the_usual_ones():
+    """By 0, 1, -1, 2, -2 and infinity it would be 2.3e-6."""
+    torch.manual_seed(0)
+    convolution, features = WinogradConv2d(128, 64), torch.randn(1, 128, 32, 32)
+    expected = exactly(convolution, features)
+    assert (convolution(features) - expected).norm() <= 1.3e-6 * expected.norm()
+
+
 def test_gradients_of_gradients_are_those_of_any_convolution(convolution, features):
     """As a penalty on gradients needs them."""
     features.requires_grad_()

@@ -175,8 +175,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Halves even sides: a stride-2 convolution, padded by one pixel at the right and the bottom.
 
-    It is padded by two all around instead, and the first row and column of the result left out, as copying features
-    into a larger tensor takes a third of the time.
+    It is padded by two all around instead, and the first row and column of the result left out, which is a smaller copy
+    than one of the features into a larger tensor.
     """
 
     def __init__(self, channels: int):

@@ -56,18 +56,8 @@ def normed_silu(
     sizes = len(features), features.shape[2:].numel(), features.shape[1]
     result = features if spare else empty(*features.shape, memory_format=torch.channels_last)
     room = WORKSPACE.of(run("norm_room", *sizes))
-    run(
-        "norm_silu",
-        features,
-        weight.contiguous(),
-        bias.contiguous(),
-        result,
-        *sizes,
-        groups,
-        epsilon,
-        room,
-        torch.get_num_threads(),
-    )
+    given = features, weight.contiguous(), bias.contiguous(), result, *sizes, groups, epsilon
+    run("norm_silu", *given, room, torch.get_num_threads())
     return result
 
 

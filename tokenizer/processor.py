@@ -35,7 +35,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether convolutions are, too: with dot products alone they take half as long again as the kernels in float32.
+    """Whether convolutions are, too: with dot products alone they take longer than the kernels in float32.
 
     With products of matrices (AMX) nobody has measured either.
     """

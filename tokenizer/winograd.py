@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, LIBRARY, WORKSPACE, Workspace, empty, run
+from .kernels import LANES, LIBRARY, WORKSPACE, Workspace, empty, filled, run
 from .processor import are_plain, bfloat16_is_faster, wants_gradient
 from .reference import gradients_by
 
@@ -106,8 +106,8 @@ def print_of(weight: Tensor) -> Tensor:
     """A number of each output channel by which a change shows that is not rounding, whether PyTorch counts it or not.
 
     Those through `.data`, in NumPy and by fused optimizers it does not count, nor any in inference mode. Of a large
-    weight each channel shows a quarter, another one than its neighbours': reading all of it takes a third of the time
-    that the products of a small picture take. What changes a few numbers uncounted may then go unseen.
+    weight each channel shows a quarter, another one than its neighbours': reading all of it takes long beside the
+    products of a small picture. What changes a few numbers uncounted may then go unseen.
     """
     rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy of a kernel that lies as features do
     if rows.numel() < LARGE_WEIGHT:
@@ -183,19 +183,10 @@ class Shape(ctypes.Structure):
         """With at least so many tiles for each."""
         return max(1, min(torch.get_num_threads(), self.tiles // fewest))
 
-    def room(self, threads: int) -> int:
-        """Floats that lie between the steps."""
-        return threads * self.numbers * TILES * (self.channels + self.out_channels)
-
 
 Steps = ctypes.c_ssize_t * 4
 PASSING = Workspace()  # for what is taken of a weight that changes at every step
 TILES = run("winograd_tiles") if LIBRARY else 0  # of a block
-
-
-def filled(size: int) -> int:
-    """The next multiple of LANES."""
-    return size + -size % LANES
 
 
 def laid_out(features: Tensor) -> Tensor:
@@ -207,7 +198,7 @@ def laid_out(features: Tensor) -> Tensor:
 def pack(weight: Tensor, doubled: bool = False, turned: bool = False, into: Workspace | None = None) -> Tensor:
     """A weight (O, C, 3, 3), turned over or not, to what is taken of it, filled up to whole vectors."""
     out_channels, channels = weight.shape[:2]
-    shape = Shape(0, 0, 0, filled(channels), filled(out_channels), doubled)
+    shape = Shape(0, 0, 0, filled(channels, LANES), filled(out_channels, LANES), doubled)
     count = run("winograd_numbers", shape)
     packed = empty(count) if into is None else into.of(count)
     run("winograd_pack", shape, weight, channels, out_channels, Steps(*weight.stride()), turned, packed)
@@ -225,14 +216,15 @@ def convolve(
     """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
     features = laid_out(features)
     batch, height, width, channels = features.shape
-    shape = Shape(batch, height, width, channels, filled(out_channels), doubled)
+    shape = Shape(batch, height, width, channels, filled(out_channels, LANES), doubled)
     threads = shape.threads(FEWEST_OF_THREAD)
     size = batch, out_channels, height << doubled, width << doubled
     result = empty(batch, shape.out_channels, *size[2:], memory_format=torch.channels_last)
     added = None if added is None else laid_out(added.expand(size))
     missing = shape.out_channels - out_channels
     bias = None if bias is None else F.pad(bias, (0, missing)).contiguous()
-    run("winograd_convolve", shape, features, packed, bias, added, result, WORKSPACE.of(shape.room(threads)), threads)
+    room = WORKSPACE.of(run("winograd_room", shape, threads))
+    run("winograd_convolve", shape, features, packed, bias, added, result, room, threads)
     return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
 
@@ -242,7 +234,7 @@ def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
     features, towards = laid_out(features), laid_out(towards)
     shape = Shape(*features.shape, towards.shape[3], doubled)
     threads = shape.threads(TILES)  # of which each has sums of its own
-    sums, room = threads * run("winograd_numbers", shape), shape.room(threads)
+    sums, room = threads * run("winograd_numbers", shape), run("winograd_room", shape, threads)
     sums, room = WORKSPACE.of(sums + room)[: sums + room].split([sums, room])
     weight = empty(shape.out_channels, shape.channels, 3, 3, memory_format=torch.channels_last)
     run("winograd_weight_gradient", shape, features, towards, weight, sums, room, threads)

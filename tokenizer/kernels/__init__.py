@@ -1,11 +1,12 @@
 """Kernels in C for x86 processors, built where the package is installed and there is a compiler.
 
 `LIBRARY` is None where they were not built, or the processor has neither AVX2 nor AVX-512: then all is done by PyTorch,
-and takes longer. Around each file in C is one in Python, which has the same by PyTorch's operators.
+and takes longer. Each file in C has its reference in Python, by PyTorch's operators.
 """
 
 import ctypes
 import mmap
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from threading import local
@@ -14,8 +15,8 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-INTERFACE = 1  # of vectors.c, raised where what kernels are called with changes
-COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_tiles")
+INTERFACE = 2  # of vectors.c, raised where what kernels are called with changes
+COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
 LARGE = 2**22  # bytes, from which huge pages are asked for: new memory is 4096 bytes at a time otherwise, each a fault
 
 
@@ -61,8 +62,19 @@ def empty(*shape: int, memory_format: torch.memory_format = torch.contiguous_for
     if tensor.nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+        of_process().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+@cache
+def of_process() -> ctypes.CDLL:
+    """The C library that the process has."""
+    return ctypes.CDLL(None)
+
+
+def filled(count: int, unit: int) -> int:
+    """The next multiple of the unit."""
+    return -(-count // unit) * unit
 
 
 class Workspace(local):

@@ -17,7 +17,7 @@
 enum {
     ROWS = 4,    /* of a product that stay in registers, */
     COLUMNS = 4, /* and vectors of each: 16 sums hide the time that one takes */
-    TILES = 44   /* of a block: its numbers stay in the cache, where with a power of two they would meet in the same places */
+    TILES = 44   /* of a block: a power of two would let its numbers meet in the same places of the cache */
 };
 
 /* Pictures, and how they are cut. C and O are filled up with 0 to whole vectors. */
@@ -37,8 +37,8 @@ INLINE size across(const shape *s) { return (s->width + step(s->doubled) - 1) / 
 INLINE size down(const shape *s) { return (s->height + step(s->doubled) - 1) / step(s->doubled); }
 INLINE size all_tiles(const shape *s) { return s->pictures * down(s) * across(s); }
 
-/* A row of a tile as a polynomial, at 0, P, -P, Q, -Q and infinity; of 17 sets of such points, all with few bits, this
-   one rounds least, half as much as 0, 1, -1, 2, -2. Of a doubled row d0 d1 d1 d2 d2 d3 the pixels need less:
+/* A row of a tile as a polynomial, at 0, P, -P, Q, -Q and infinity. These points have few bits, and round half as much
+   as 0, 1, -1, 2, -2, which tests/test_winograd.py would tell. Of a doubled row d0 d1 d1 d2 d2 d3 the pixels need less:
    g0 (d0 - d2), (g0 + g1 + g2) (d1 + d2) / 2, (g0 - g1 - g2) (d1 - d2) / 2, (g0 + g1 - g2) (d1 - d2) / 2, g2 (d1 - d3). */
 static const float P = 5 / 8., P2 = 25 / 64., P3 = 125 / 512., Q = 3 / 2., Q2 = 9 / 4., Q3 = 27 / 8.;
 
@@ -279,12 +279,16 @@ INLINE void gradient_block(const shape *s, size doubled, const float *features, 
 /* Floats of n * n numbers of all kernels. */
 size winograd_numbers(const shape *s) { return numbers(s->doubled) * numbers(s->doubled) * apart(s); }
 
-/* Of each thread's workspace, which holds n * n * (C + O) numbers of so many tiles. */
+/* Floats that lie between the steps of so many threads. */
+size winograd_room(const shape *s, size threads) { return threads * room_of(s); }
+
+/* Tiles of a block, of which fewer would not fill a thread. */
 size winograd_tiles(void) { return TILES; }
 
-/* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it: for
-   each of the n * n numbers (C, O) in panels, filled up with 0 to whole vectors. It may be `turned` over. */
-void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned, float *kernel) {
+/* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it:
+   for each of the n * n numbers (C, O) in panels, filled up with 0 to whole vectors. It may be `turned` over. */
+void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned,
+                   float *kernel) {
     size n = numbers(s->doubled);
     for (size o = 0; o < s->out; o += V)
         for (size c = 0; c < s->in; c++) {

@@ -12,13 +12,9 @@
 #include <omp.h>
 #include <string.h>
 
-#include "vectors.h"
+#include "products.h"
 
-enum {
-    ROWS = 4,    /* of a product that stay in registers, */
-    COLUMNS = 4, /* and vectors of each: 16 sums hide the time that one takes */
-    TILES = 44   /* of a block: a power of two would let its numbers meet in the same places of the cache */
-};
+enum { TILES = 44 }; /* of a block: a power of two would let its numbers meet in the same places of the cache */
 
 /* Pictures, and how they are cut. C and O are filled up with 0 to whole vectors. */
 typedef struct {
@@ -204,44 +200,6 @@ INLINE void give_tile(const shape *s, size doubled, const float *sums, const flo
                 else
                     store(result + at, whole);
             }
-    }
-}
-
-/* ROWS x (wide * V) sums of `depth` products of left and right into `sums`, or on top of what is there. Of the left
-   matrix the steps along rows and depth are given, of the others those along rows, which lie without gaps. */
-INLINE void multiply(const float *left, size row, size next, const float *right, size beyond, size depth, float *sums,
-                     size apart, int on_top, size wide) {
-    vector sum[ROWS][COLUMNS];
-    for (size r = 0; r < ROWS; r++)
-        for (size v = 0; v < wide; v++) sum[r][v] = on_top ? load(sums + r * apart + v * V) : (vector){0};
-    for (size k = 0; k < depth; k++) {
-        vector of[COLUMNS];
-        for (size v = 0; v < wide; v++) of[v] = load(right + k * beyond + v * V);
-        for (size r = 0; r < ROWS; r++)
-            for (size v = 0; v < wide; v++) sum[r][v] += left[r * row + k * next] * of[v];
-    }
-    for (size r = 0; r < ROWS; r++)
-        for (size v = 0; v < wide; v++) store(sums + r * apart + v * V, sum[r][v]);
-}
-
-/* The same for any number of rows, up to the next multiple of ROWS, and of columns, a multiple of V. Columns of the right
-   matrix lie in panels of COLUMNS * V, one after another, where it is `packed`. */
-INLINE void multiply_all(const float *left, size row, size next, const float *right, int packed, size depth, float *sums,
-                         int on_top, size rows, size columns) {
-    for (size c = 0; c < columns; c += COLUMNS * V) {
-        size wide = columns - c < COLUMNS * V ? (columns - c) / V : COLUMNS;
-        const float *panel = right + (packed ? c * depth : c);
-        size beyond = packed ? wide * V : columns;
-        for (size r = 0; r < rows; r += ROWS) {
-            const float *from = left + r * row;
-            float *to = sums + r * columns + c;
-            switch (wide) { /* each with its own number of registers */
-            case 1: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 1); break;
-            case 2: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 2); break;
-            case 3: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 3); break;
-            default: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, COLUMNS);
-            }
-        }
     }
 }
 

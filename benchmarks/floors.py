@@ -58,7 +58,7 @@ class Work(TorchDispatchMode):
         """A kernel of ours, which PyTorch does not see: its tensors but the last, which is its workspace."""
         if kernel in ("winograd_convolve", "winograd_weight_gradient"):
             shape = given[0]
-            self.operations[torch.float32] += 2 * shape.tiles * shape.numbers * shape.channels * shape.out_channels
+            self.operations[torch.float32] += 2 * shape.tiles * shape.products * shape.channels * shape.out_channels
         self.bytes += sum([each.nbytes for each in given if isinstance(each, Tensor)][:-1])
         return kernels.run(kernel, *given)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenizer.kernels import LIBRARY, WORKSPACE, empty, filled, run
+from tokenizer.kernels import LIBRARY, filled, run
+from tokenizer.kernels.memory import WORKSPACE, empty
 from tokenizer.processor import numbers_alone
 
 from .decoding import Decoder, turning, weight_after

@@ -1,15 +1,18 @@
 """That the kernels are here where they can be, and the memory that they are given."""
 
 import mmap
+import pickle
 import platform
 import shutil
 import threading
 
 import pytest
 import torch
+from torch import Tensor
 
 from tokenizer import kernels
-from tokenizer.kernels import LANES, LARGE, LIBRARY, Workspace, empty, library
+from tokenizer.kernels import LANES, LIBRARY, library, memory
+from tokenizer.kernels.memory import LARGE, Reserve, Workspace, empty
 
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
@@ -50,6 +53,62 @@ def test_memory_is_that_of_any_tensor(count, huge_pages, monkeypatch):
         torch.set_default_dtype(torch.float32)
     assert (tensor.shape, tensor.dtype, tensor.device.type) == ((count, 1), torch.float32, "cpu")
     assert tensor.fill_(1).sum() == count
+
+
+def test_what_a_large_result_leaves_behind_is_taken_for_the_next_one_of_its_size():
+    first = empty(2, 3, LARGE // 8, 1, memory_format=torch.channels_last)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    place = first.data_ptr()
+    part = first.permute(0, 2, 3, 1).flatten()[5:].numpy()  # which is memory of the same
+    part[:] = 1
+    del first
+    beside = empty(6, LARGE // 8).fill_(2)
+    assert beside.data_ptr() != place
+    assert (part == 1).all()
+    del part
+    assert empty(6, LARGE // 8 + 1).data_ptr() != place
+    assert empty(6, LARGE // 8).data_ptr() == place
+
+
+def test_no_more_is_held_than_allowed_and_the_oldest_goes_first(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_HELD", 3 * LARGE)
+    reserve = Reserve()
+    lengths = [LARGE, LARGE + 1, LARGE + 2]
+    arrays = [reserve.take(length) for length in lengths]
+    assert not reserve.held
+    while arrays:
+        del arrays[0]
+    assert [len(each) for each in reserve.held] == lengths[1:]
+    reserve.take(4 * LARGE)
+    assert not reserve.held
+
+
+def test_threads_share_what_is_held():
+    def take_and_leave() -> None:
+        for count in 3 * [LARGE // 4, LARGE // 4 + 1]:
+            results = [empty(count).fill_(value) for value in range(3)]
+            agreed.extend((result == value).all().item() for value, result in enumerate(results))
+
+    agreed: list[bool] = []
+    threads = [threading.Thread(target=take_and_leave) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert agreed == [True] * 72
+
+
+def test_a_large_result_is_a_tensor_like_any_other(tmp_path):
+    result = empty(LARGE).fill_(3)
+    assert not result._is_view()  # which a function with gradients could not change in place
+    torch.save(result, tmp_path / "result.pt")
+    assert torch.equal(torch.load(tmp_path / "result.pt"), result)
+    assert torch.equal(pickle.loads(pickle.dumps(result)), result)
+    result.share_memory_()
+    process = torch.multiprocessing.get_context("spawn").Process(target=Tensor.fill_, args=(result, 4))
+    process.start()
+    process.join()
+    assert (result == 4).all()
 
 
 def test_each_thread_has_its_own_workspace_which_stays():

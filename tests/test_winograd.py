@@ -22,69 +22,70 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer import winograd
 from tokenizer.kernels import LANES, LIBRARY
-from tokenizer.winograd import FEWEST_TILES, WinogradConv2d
+from tokenizer.winograd import FEWEST_TILES, Sides, WinogradConv2d
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built here")
 
-KINDS = [False, True]  # doubled or not
 
-
-@pytest.fixture(params=KINDS, ids=["plain", "doubled"])
+@pytest.fixture(params=Sides, ids=lambda sides: sides.name)
 def convolution(request) -> WinogradConv2d:
     torch.manual_seed(0)
-    return WinogradConv2d(LANES, 2 * LANES, doubled=request.param)
+    return WinogradConv2d(LANES, 2 * LANES, request.param)
 
 
 @pytest.fixture
-def features() -> Tensor:
+def features(convolution) -> Tensor:
+    """Of which come pictures of about the same size."""
     torch.manual_seed(1)
-    return torch.randn(2, LANES, 16, 13)
+    size = 2 if convolution.sides == Sides.HALVED else 1
+    return torch.randn(2, LANES, 16 * size, 13 * size)
 
 
 def exactly(convolution: WinogradConv2d, features: Tensor) -> Tensor:
-    """The reference: float64, and where it is doubled nearest neighbour and nine products."""
+    """The reference: float64 and nine products of each pixel."""
     features = features.double()
-    if convolution.doubled:
+    if convolution.sides == Sides.DOUBLED:
         features = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
     bias = None if convolution.bias is None else convolution.bias.double()
+    if convolution.sides == Sides.HALVED:
+        return F.conv2d(F.pad(features, (0, 2, 0, 2)), convolution.weight.double(), bias, stride=2)
     return F.conv2d(features, convolution.weight.double(), bias, padding=1)
 
 
 def goes_by_tiles(convolution: WinogradConv2d, features: Tensor) -> bool:
-    return winograd.is_for_tiles(features, convolution.weight, convolution.bias, convolution.doubled)
+    return winograd.is_for_tiles(features, convolution.weight, convolution.bias, convolution.sides)
 
 
 def plainly(convolution: WinogradConv2d, features: Tensor) -> Tensor:
-    return winograd.convolution(features, convolution.weight, convolution.bias, convolution.doubled)
+    return winograd.convolution(features, convolution.weight, convolution.bias, convolution.sides)
 
 
 @given(
-    doubled=st.booleans(),
+    sides=st.sampled_from(Sides),
     batch=st.integers(1, 5),
     channels=st.integers(LANES, 3 * LANES + 5),
     out_channels=st.integers(1, 5 * LANES + 5),
-    sides=st.tuples(st.integers(1, 40), st.integers(1, 30)),
+    lengths=st.tuples(st.integers(1, 60), st.integers(1, 40)),
     size=st.sampled_from([1e-6, 1.0, 1e6]),
     bias=st.booleans(),
     in_planes=st.booleans(),
 )
 def test_it_is_the_convolution_and_so_are_its_gradients(
-    doubled, batch, channels, out_channels, sides, size, bias, in_planes
+    sides, batch, channels, out_channels, lengths, size, bias, in_planes
 ):
     torch.manual_seed(channels)
-    convolution = WinogradConv2d(channels, out_channels, doubled)
+    convolution = WinogradConv2d(channels, out_channels, sides)
     if not bias:
         convolution.bias = None
-    features = size * torch.randn(batch, channels, *sides)
+    features = size * torch.randn(batch, channels, *lengths)
     if not in_planes:
         features = features.contiguous(memory_format=torch.channels_last)
     features.requires_grad_()
-    height, width = sides
-    step = 2 if doubled else 4
-    tiles = math.ceil(height / step) * math.ceil(width / step)
-    of_tiles = batch * tiles >= FEWEST_TILES and tiles * step**2 <= 2 * height * width
-    assert goes_by_tiles(convolution, features) == of_tiles
     found, expected = convolution(features), exactly(convolution, features)
+    height, width = expected.shape[2:]
+    tiles = math.ceil(height / 4) * math.ceil(width / 4)
+    of_tiles = batch * tiles >= FEWEST_TILES and tiles * 16 <= 2 * height * width
+    assert goes_by_tiles(convolution, features) == of_tiles
     assert found.dtype == torch.float32
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 3e-6 * expected.norm()
@@ -244,12 +245,12 @@ def test_what_is_not_finite_is_carried_on(convolution, features, value):
 LESSER = """
 import torch
 from tokenizer.kernels import LANES
-from tokenizer.winograd import WinogradConv2d, convolution, is_for_tiles
+from tokenizer.winograd import Sides, WinogradConv2d, convolution, is_for_tiles
 torch.manual_seed(0)
-for doubled in (False, True):
-    layer, features = WinogradConv2d(40, 72, doubled), torch.randn(2, 40, 12, 9, requires_grad=True)
-    assert LANES == 8 and is_for_tiles(features, layer.weight, layer.bias, doubled)
-    plainly = lambda features: convolution(features, layer.weight, layer.bias, doubled)
+for sides in Sides:
+    layer, features = WinogradConv2d(40, 72, sides), torch.randn(2, 40, 24, 18, requires_grad=True)
+    assert LANES == 8 and is_for_tiles(features, layer.weight, layer.bias, sides)
+    plainly = lambda features: convolution(features, layer.weight, layer.bias, sides)
     for convolve in (layer, plainly):
         layer.zero_grad()
         features.grad = None
@@ -265,14 +266,14 @@ def test_the_kernels_for_lesser_processors_are_as_exact():
     done = run([sys.executable, "-c", LESSER], PYTHONPATH=paths, ATEN_CPU_CAPABILITY="avx2")
     assert done.returncode == 0, done.stderr
     lines = [list(map(float, line.split())) for line in done.stdout.splitlines()]
-    for found, expected, (difference,) in (lines[:3], lines[3:]):
+    for found, expected, (difference,) in (lines[:3], lines[3:6], lines[6:]):
         assert found == pytest.approx(expected, rel=1e-5)
         assert 0 < difference < 3e-6 * expected[0]
 
 
 @torch.no_grad()
 def test_weights_that_change_are_taken_as_they_are(convolution, features):
-    others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.doubled)
+    others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.sides)
     expected, before = others(features), convolution(features)
     convolution.load_state_dict(others.state_dict())
     assert torch.equal(convolution(features), expected)
@@ -331,7 +332,7 @@ def test_a_row_and_a_column_of_a_large_weight_are_always_seen(convolution, featu
 def test_weights_of_inference_mode_are_taken_as_they_are_too(convolution):
     with torch.inference_mode():
         features = torch.randn(1, LANES, 16, 16)
-        others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.doubled)
+        others = WinogradConv2d(convolution.in_channels, convolution.out_channels, convolution.sides)
         convolution = copy.deepcopy(convolution)
         assert not torch.equal(convolution(features), others(features))
         convolution.load_state_dict(others.state_dict())

@@ -19,7 +19,7 @@ from torch.nn.modules import module
 
 from .normalisation import activated, group_norm
 from .processor import numbers_alone
-from .winograd import WinogradConv2d
+from .winograd import Sides, WinogradConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
@@ -173,18 +173,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves even sides: a stride-2 convolution, padded by one pixel at the right and the bottom.
-
-    It is padded by two all around instead, and the first row and column of the result left out, which is a smaller copy
-    than one of the features into a larger tensor.
-    """
+    """Halves even sides: a stride-2 convolution, padded by one pixel at the right and the bottom."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2)
+        self.conv = WinogradConv2d(channels, channels, Sides.HALVED)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.conv(features)[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last)
+        return self.conv(features)
 
 
 class Upsample(nn.Module):
@@ -192,7 +188,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = WinogradConv2d(channels, channels, doubled=True)
+        self.conv = WinogradConv2d(channels, channels, Sides.DOUBLED)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.conv(features)

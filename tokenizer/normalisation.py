@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, WORKSPACE, empty, run
+from .kernels import LANES, run
+from .kernels.memory import WORKSPACE, empty
 from .processor import are_plain, wants_gradient
 from .reference import gradients_by
 

@@ -1,10 +1,14 @@
 """3x3 convolutions on a CPU with a quarter of the products, by Winograd's minimal filtering (kernels/winograd.c).
 
+Where sides are doubled or halved they need 25 products for 144, or 81.
+
 The result is off by four times as much as by plain sums, some 1e-6 of its size. Shapes: B batch, C O channels in and
 out, H W sides, n numbers taken of a tile along an axis.
 """
 
 import ctypes
+import math
+from enum import IntEnum
 from functools import cache, partial
 from typing import Self
 
@@ -13,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, LIBRARY, WORKSPACE, Workspace, empty, filled, run
+from .kernels import LANES, LIBRARY, filled, run
+from .kernels.memory import WORKSPACE, Workspace, empty
 from .processor import are_plain, bfloat16_is_faster, wants_gradient
 from .reference import gradients_by
 
@@ -25,16 +30,29 @@ MUCH = 2**25  # bytes of a result: PyTorch takes longer for so much new memory t
 PIXELS = 4  # of a side of what comes of a tile
 
 
+class Sides(IntEnum):
+    """What becomes of those of a picture, as `sides` in winograd.c."""
+
+    KEPT = 0  # padding 1
+    DOUBLED = 1  # before, nearest neighbour; padding 1
+    HALVED = 2  # stride 2, padded by one pixel at the right and the bottom only
+
+    def after(self, length: int) -> int:
+        """Of a side of so many pixels."""
+        return {Sides.KEPT: length, Sides.DOUBLED: 2 * length, Sides.HALVED: -(-length // 2)}[self]
+
+
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1, of pictures `doubled` before (nearest neighbour) or not.
+    """A 3x3 convolution.
 
     It goes by tiles where that can be and pays, whether gradients are wanted or not, else it is as any other.
     Without them it keeps what is taken of its kernel, n * n numbers for nine weights.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, doubled: bool = False):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-        self.doubled = doubled
+    def __init__(self, in_channels: int, out_channels: int, sides: Sides = Sides.KEPT):
+        strided = {"stride": 2, "padding": 2} if sides == Sides.HALVED else {"padding": 1}  # as `convolution` has it
+        super().__init__(in_channels, out_channels, 3, **strided)
+        self.sides = sides
         self.packed: tuple[Tensor, int, Tensor] | None = None  # beside `changes_of` and `print_of` of the weight
 
     def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
@@ -43,12 +61,12 @@ class WinogradConv2d(nn.Conv2d):
         Under autocast, too, it is in float32 where it is by tiles.
         """
         weight, bias = self.weight, self.bias  # once: they may be computed from others
-        if not is_for_tiles(features, weight, bias, self.doubled):
-            result = convolution(features, weight, bias, self.doubled)
+        if not is_for_tiles(features, weight, bias, self.sides):
+            result = convolution(features, weight, bias, self.sides)
         elif wants_gradient(features, weight, bias):
-            result = ByTiles.apply(features.float(), weight, bias, self.doubled)
+            result = ByTiles.apply(features.float(), weight, bias, self.sides)
         else:
-            given = features.float(), self.packed_of(weight.detach()), len(weight), bias, self.doubled
+            given = features.float(), self.packed_of(weight.detach()), len(weight), bias, self.sides
             if added is not None and added.dtype == torch.float32 and are_plain(added) and not wants_gradient(added):
                 return convolve(*given, added)
             result = convolve(*given)
@@ -58,7 +76,7 @@ class WinogradConv2d(nn.Conv2d):
         """What is taken of the weight; made anew where that has changed."""
         changes, of_now, held = changes_of(weight), print_of(weight), self.packed
         if held is None or held[1] != changes or not torch.equal(held[2], of_now):
-            held = self.packed = pack(weight, self.doubled), changes, of_now
+            held = self.packed = pack(weight, self.sides), changes, of_now
         return held[0]
 
     def _apply(self, *arguments: object, **options: object) -> Self:
@@ -69,7 +87,7 @@ class WinogradConv2d(nn.Conv2d):
         return self.__dict__ | {"packed": None}  # it need not travel
 
 
-def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> bool:
+def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides) -> bool:
     """Whether the kernels are here, take these, and were seen to be faster."""
     parameters = [weight] if bias is None else [weight, bias]
     if LIBRARY is None or {parameter.dtype for parameter in parameters} != {torch.float32}:
@@ -84,17 +102,17 @@ def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, doubled:
         return False  # what it means, or why it is refused, any convolution tells
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    tiles = tiles_of(*features.shape[2:], doubled)
+    pixels = math.prod(map(sides.after, features.shape[2:]))
+    tiles = tiles_of(*features.shape[2:], sides)
     if weight.shape[1] < LANES and len(features) * tiles * PIXELS**2 * len(weight) * 4 < MUCH:
         return False  # most of what is multiplied would be filled up
     enough = len(features) * tiles >= FEWEST_TILES
-    return enough and tiles * (PIXELS >> doubled) ** 2 <= MOST_COMPUTED * features.shape[2:].numel()
+    return enough and tiles * PIXELS**2 <= MOST_COMPUTED * pixels
 
 
-def tiles_of(height: int, width: int, doubled: bool) -> int:
-    """That cover a picture."""
-    step = PIXELS >> doubled
-    return -(-height // step) * -(-width // step)
+def tiles_of(height: int, width: int, sides: Sides) -> int:
+    """That cover what becomes of a picture."""
+    return -(-sides.after(height) // PIXELS) * -(-sides.after(width) // PIXELS)
 
 
 def changes_of(weight: Tensor) -> int:
@@ -123,10 +141,14 @@ def waves(count: int) -> Tensor:
         return torch.arange(count, dtype=torch.float32, device="cpu").cos()
 
 
-def convolution(features: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+def convolution(features: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides) -> Tensor:
     """The reference, by PyTorch's operators, which have gradients of every order."""
-    if not doubled:
+    if sides == Sides.KEPT:
         return F.conv2d(features, weight, bias, padding=1)
+    if sides == Sides.HALVED:
+        # Padded by two all around, and the first row and column of the result left out: that is a smaller copy than one
+        # of the features into a larger tensor.
+        return F.conv2d(features, weight, bias, stride=2, padding=2)[:, :, 1:, 1:].clone()
     # Of the nine pixels under a kernel those that repeat one pixel are equal, so their weights are added up beforehand:
     # four products for nine.
     weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)
@@ -138,46 +160,50 @@ class ByTiles(Function):
     """The same by tiles, with gradients."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, doubled):
+    def forward(ctx, features, weight, bias, sides):
         ctx.save_for_backward(features, weight, bias)
-        ctx.doubled = doubled
-        return convolve(features, pack(weight, doubled, into=PASSING), len(weight), bias, doubled)
+        ctx.sides = sides
+        return convolve(features, pack(weight, sides, into=PASSING), len(weight), bias, sides)
 
     @staticmethod
     def backward(ctx, towards):
         wanted, (features, weight, _) = ctx.needs_input_grad[:3], ctx.saved_tensors
         if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
-            return *gradients_by(partial(convolution, doubled=ctx.doubled), ctx.saved_tensors, wanted, towards), None
+            return *gradients_by(partial(convolution, sides=ctx.sides), ctx.saved_tensors, wanted, towards), None
+        if ctx.sides == Sides.HALVED:  # by PyTorch's own, which need not convolve once more as those of any function
+            padded = F.pad(towards, (1, 0, 1, 0))  # what `convolution` leaves out
+            given = padded, features, weight, [len(weight)], [2, 2], [2, 2], [1, 1], False, [0, 0], 1, wanted
+            return *torch.ops.aten.convolution_backward(*given), None
         return (
-            to_features(towards, weight, ctx.doubled) if wanted[0] else None,
-            to_weight(features, towards, ctx.doubled) if wanted[1] else None,
+            to_features(towards, weight, ctx.sides) if wanted[0] else None,
+            to_weight(features, towards, ctx.sides) if wanted[1] else None,
             towards.sum((0, 2, 3)) if wanted[2] else None,
             None,
         )
 
 
-def to_features(towards: Tensor, weight: Tensor, doubled: bool) -> Tensor:
+def to_features(towards: Tensor, weight: Tensor, sides: Sides) -> Tensor:
     """The gradient of features (B, C, H, W) from that of the result: a convolution by the kernel turned over."""
     gradient = convolve(towards, pack(weight.transpose(0, 1), turned=True, into=PASSING), weight.shape[1])
-    return F.avg_pool2d(gradient, 2, divisor_override=1) if doubled else gradient
+    return F.avg_pool2d(gradient, 2, divisor_override=1) if sides == Sides.DOUBLED else gradient
 
 
 class Shape(ctypes.Structure):
     """How the kernels are told of pictures, and of channels that fill whole vectors."""
 
     _fields_ = [
-        (name, ctypes.c_ssize_t) for name in ("pictures", "height", "width", "channels", "out_channels", "doubled")
+        (name, ctypes.c_ssize_t) for name in ("pictures", "height", "width", "channels", "out_channels", "sides")
     ]
 
     @property
-    def numbers(self) -> int:
-        """That are taken of a tile and of a kernel, n * n."""
-        return 25 if self.doubled else 36
+    def products(self) -> int:
+        """Of a tile and a kernel, for a channel in and one out."""
+        return {Sides.KEPT: 36, Sides.DOUBLED: 25, Sides.HALVED: 81}[self.sides]
 
     @property
     def tiles(self) -> int:
         """Of all pictures."""
-        return self.pictures * tiles_of(self.height, self.width, self.doubled)
+        return self.pictures * tiles_of(self.height, self.width, Sides(self.sides))
 
     def threads(self, fewest: int) -> int:
         """With at least so many tiles for each."""
@@ -195,10 +221,10 @@ def laid_out(features: Tensor) -> Tensor:
     return (F.pad(features, (0, missing)) if missing else features).contiguous()
 
 
-def pack(weight: Tensor, doubled: bool = False, turned: bool = False, into: Workspace | None = None) -> Tensor:
+def pack(weight: Tensor, sides: Sides = Sides.KEPT, turned: bool = False, into: Workspace | None = None) -> Tensor:
     """A weight (O, C, 3, 3), turned over or not, to what is taken of it, filled up to whole vectors."""
     out_channels, channels = weight.shape[:2]
-    shape = Shape(0, 0, 0, filled(channels, LANES), filled(out_channels, LANES), doubled)
+    shape = Shape(0, 0, 0, filled(channels, LANES), filled(out_channels, LANES), sides)
     count = run("winograd_numbers", shape)
     packed = empty(count) if into is None else into.of(count)
     run("winograd_pack", shape, weight, channels, out_channels, Steps(*weight.stride()), turned, packed)
@@ -210,15 +236,15 @@ def convolve(
     packed: Tensor,
     out_channels: int,
     bias: Tensor | None = None,
-    doubled: bool = False,
+    sides: Sides = Sides.KEPT,
     added: Tensor | None = None,
 ) -> Tensor:
     """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
     features = laid_out(features)
     batch, height, width, channels = features.shape
-    shape = Shape(batch, height, width, channels, filled(out_channels, LANES), doubled)
+    shape = Shape(batch, height, width, channels, filled(out_channels, LANES), sides)
     threads = shape.threads(FEWEST_OF_THREAD)
-    size = batch, out_channels, height << doubled, width << doubled
+    size = batch, out_channels, sides.after(height), sides.after(width)
     result = empty(batch, shape.out_channels, *size[2:], memory_format=torch.channels_last)
     added = None if added is None else laid_out(added.expand(size))
     missing = shape.out_channels - out_channels
@@ -228,11 +254,11 @@ def convolve(
     return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
 
-def to_weight(features: Tensor, towards: Tensor, doubled: bool) -> Tensor:
+def to_weight(features: Tensor, towards: Tensor, sides: Sides) -> Tensor:
     """The gradient of the weight (O, C, 3, 3) from features and that of the result."""
     channels, out_channels = features.shape[1], towards.shape[1]
     features, towards = laid_out(features), laid_out(towards)
-    shape = Shape(*features.shape, towards.shape[3], doubled)
+    shape = Shape(*features.shape, towards.shape[3], sides)
     threads = shape.threads(TILES)  # of which each has sums of its own
     sums, room = threads * run("winograd_numbers", shape), run("winograd_room", shape, threads)
     sums, room = WORKSPACE.of(sums + room)[: sums + room].split([sums, room])

@@ -5,11 +5,8 @@ and takes longer. Each file in C has its reference in Python, by PyTorch's opera
 """
 
 import ctypes
-import mmap
-from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from threading import local
 from warnings import warn
 
 import torch
@@ -17,7 +14,6 @@ from torch import Tensor
 
 INTERFACE = 2  # of vectors.c, raised where what kernels are called with changes
 COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
-LARGE = 2**22  # bytes, from which huge pages are asked for: new memory is 4096 bytes at a time otherwise, each a fault
 
 
 def library(name: str) -> ctypes.CDLL | None:
@@ -56,37 +52,6 @@ def as_argument(value: Tensor | ctypes.Structure | int | float | None) -> object
     return ctypes.c_void_p() if value is None else ctypes.byref(value)  # of a structure or an array
 
 
-def empty(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Numbers for a kernel, whatever the process has as default type and device."""
-    tensor = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    if tensor.nbytes >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        of_process().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return tensor
-
-
-@cache
-def of_process() -> ctypes.CDLL:
-    """The C library that the process has."""
-    return ctypes.CDLL(None)
-
-
 def filled(count: int, unit: int) -> int:
     """The next multiple of the unit."""
     return -(-count // unit) * unit
-
-
-class Workspace(local):
-    """Memory for what lies between the steps of a kernel, kept from call to call, for each thread that calls."""
-
-    held: Tensor | None = None
-
-    def of(self, count: int) -> Tensor:
-        """At least so many numbers."""
-        if self.held is None or len(self.held) < count:
-            self.held = empty(count)
-        return self.held
-
-
-WORKSPACE = Workspace()

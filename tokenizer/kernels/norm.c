@@ -77,10 +77,7 @@ void norm_silu(const float *features, const float *weight, const float *bias, fl
                     vector scaled = load(features + place * channels + c) * load(factors + picture * channels + c);
                     vector x = scaled + load(summands + picture * channels + c);
                     vector silu = x / (1 + exponential(-x));
-                    if (much)
-                        store_beyond(result + place * channels + c, silu);
-                    else
-                        store(result + place * channels + c, silu);
+                    put(result + place * channels + c, silu, much);
                 }
         }
     }

@@ -18,16 +18,19 @@ typedef int32_t integers __attribute__((vector_size(4 * V), aligned(4), may_alia
 INLINE vector load(const float *from) { return *(const vector *)from; }
 INLINE void store(float *to, vector values) { *(vector *)to = values; }
 
-/* Past the cache, where what `is_much` would not stay there, and else be read before. `to` begins a vector. */
-INLINE void store_beyond(float *to, vector values) {
+INLINE int is_much(size floats) { return floats >= 1 << 22; }
+
+/* Past the cache, where what `is_much` would not stay there, and else be read before: `to` begins a vector then. */
+INLINE void put(float *to, vector values, int much) {
+    if (!much)
+        store(to, values);
+    else
 #ifdef __AVX512F__
-    _mm512_stream_ps(to, (__m512)values);
+        _mm512_stream_ps(to, (__m512)values);
 #else
-    _mm256_stream_ps(to, (__m256)values);
+        _mm256_stream_ps(to, (__m256)values);
 #endif
 }
-
-INLINE int is_much(size floats) { return floats >= 1 << 22; }
 
 INLINE vector all(float value) { return (vector){0} + value; }
 

@@ -113,9 +113,10 @@ class Optimization:
         betas, orthogonal = (options.beta1, options.beta2), options.name == "muon"
         main = Trainee(network, config.learning_rate, betas, options.weight_decay, orthogonal)
         self.trainees = {"": main} | (beside or {})
-        groups = [group for trainee in self.trainees.values() for group in trainee.groups()]
+        groups = [(trainee.learning_rate, group) for trainee in self.trainees.values() for group in trainee.groups()]
+        self.highest_rates = [rate for rate, _ in groups]
         networks = [trainee.network for trainee in self.trainees.values()]
-        *self.models, self.optimizer = accelerator.prepare(*networks, MuonAdamW(groups))
+        *self.models, self.optimizer = accelerator.prepare(*networks, MuonAdamW([group for _, group in groups]))
         for trainee, model in zip(self.trainees.values(), self.models, strict=True):
             trainee.model = model
         self.model = main.model
@@ -127,8 +128,7 @@ class Optimization:
     def begin(self, step: int) -> None:
         """Set the learning rates of a step."""
         self.step = step
-        highest = [trainee.learning_rate for trainee in self.trainees.values() for _ in trainee.groups()]
-        for group, rate in zip(self.optimizer.param_groups, highest, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.highest_rates, strict=True):
             group["lr"] = learning_rate(self.config, step, rate)
 
     def take(self, step: int, losses: dict[str, Tensor]) -> bool:

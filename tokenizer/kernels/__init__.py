@@ -15,8 +15,8 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-INTERFACE = 2  # of vectors.c, raised where what kernels are called with changes
-COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
+INTERFACE = 3  # of vectors.c, raised where what kernels are called with changes
+COUNTS = ("lanes", "decoding_room", "muon_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
 LARGE = 2**22  # bytes, from which huge pages are asked for: new memory is 4096 bytes at a time otherwise, each a fault
 
 

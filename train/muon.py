@@ -1,28 +1,33 @@
 """Muon: steps that move every direction of a matrix alike, for networks that must learn much in few steps.
 
 Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the step's size as in Liu et al. 2025, arXiv:2502.16982,
-equation 4, so that learning rates are those of AdamW.
+equation 4, so that learning rates are those of AdamW. On a CPU all weights move by one call of kernels/muon.c where it
+was built; the same by PyTorch's operators is its reference, and for accelerators and all else that it does not take.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from tokenizer.products import product
+from tokenizer.kernels import LIBRARY, run
+from tokenizer.kernels.memory import WORKSPACE
+from tokenizer.processor import are_plain
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic that draws singular values towards 1, to within 0.7 and 1.2
-NUM_ITERATIONS = 5
+NUM_ITERATIONS = 5  # which kernels/muon.c has too, like the line above and the one below
 MOMENTUM = 0.95
-SMALL = 64  # rows of gram matrices for which PyTorch's own product is the faster
 RMS_OF_ADAMW = 0.2  # of a typical AdamW step at learning rate 1
+ORDERS = torch.contiguous_format, torch.channels_last  # of weights for the kernel: output channels are outermost
 
 
 class MuonAdamW(torch.optim.AdamW):
     """Muon for the groups with `orthogonal=True`, whose parameters have two dimensions or more; AdamW for the others.
 
-    A kernel counts as the matrix (out_channels, all else). Weight decay is decoupled in both.
+    A convolution's weight counts as the matrix (out_channels, all else). Weight decay is decoupled in both.
     """
 
     @torch.no_grad()
@@ -36,25 +41,82 @@ class MuonAdamW(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups = groups
+        for_kernel = []
         for group in groups:
             for weight in group["params"] if group.get("orthogonal") else ():
                 if weight.grad is not None:
-                    self.move(weight, group["lr"], group["weight_decay"])
+                    given = weight, weight.grad, self.momentum(weight), group["lr"], group["weight_decay"]
+                    if is_for_kernel(*given[:3]):
+                        for_kernel.append(given)
+                    else:
+                        move(*given)
+        if for_kernel:
+            move_by_kernel(for_kernel)
         return loss
 
-    def move(self, weight: Tensor, learning_rate: float, weight_decay: float) -> None:
-        """One step of a weight by its gradient."""
+    def momentum(self, weight: Tensor) -> Tensor:
+        """That of a weight which is about to move."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
-        momentum = state["momentum"]
-        momentum.lerp_(weight.grad, 1 - MOMENTUM)
-        direction = orthogonalized(weight.grad.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
-        size = RMS_OF_ADAMW * max(direction.shape) ** 0.5
-        weight.mul_(1 - learning_rate * weight_decay)
-        weight.add_(direction.view_as(weight), alpha=-learning_rate * size)
+        return state["momentum"]
+
+
+def move(weight: Tensor, gradient: Tensor, momentum: Tensor, learning_rate: float, weight_decay: float) -> None:
+    """One step of a weight (out_channels, ...) and of its momentum."""
+    momentum.lerp_(gradient, 1 - MOMENTUM)
+    direction = orthogonalized(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
+    weight.mul_(1 - learning_rate * weight_decay)
+    weight.add_(direction.view_as(weight), alpha=-learning_rate * size_of_step(weight))
+
+
+def size_of_step(weight: Tensor) -> float:
+    """What a direction with singular values of 1 is multiplied by at learning rate 1."""
+    return RMS_OF_ADAMW * max(sides(weight)) ** 0.5
+
+
+def sides(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns of the matrix that it counts as."""
+    return len(weight), weight.shape[1:].numel()
+
+
+def is_for_kernel(weight: Tensor, gradient: Tensor, momentum: Tensor) -> bool:
+    """Whether the kernel is here and takes these: dense, with their numbers in the same order."""
+    given = weight, gradient, momentum
+    return (
+        LIBRARY is not None
+        and weight.numel() > 0
+        and all(tensor.shape == weight.shape and tensor.dtype == torch.float32 for tensor in given)
+        and any(all(tensor.is_contiguous(memory_format=order) for tensor in given) for order in ORDERS)
+        and are_plain(*given)
+    )
+
+
+class Move(ctypes.Structure):
+    """`move` in kernels/muon.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "momentum")),
+        *((name, ctypes.c_ssize_t) for name in ("rows", "columns")),
+        *((name, ctypes.c_double) for name in ("kept", "moved")),
+    )
+
+
+def move_by_kernel(given: list[tuple[Tensor, Tensor, Tensor, float, float]]) -> None:
+    """`move` for each, all of which `is_for_kernel` accepts, at once.
+
+    Columns stand in the matrix as they lie in memory: in another order they would move by the same.
+    """
+    moves, threads = (Move * len(given))(), torch.get_num_threads()
+    for each, (weight, gradient, momentum, learning_rate, weight_decay) in zip(moves, given, strict=True):
+        each.weight, each.gradient, each.momentum = weight.data_ptr(), gradient.data_ptr(), momentum.data_ptr()
+        each.rows, each.columns = sides(weight)
+        each.kept, each.moved = 1 - learning_rate * weight_decay, learning_rate * size_of_step(weight)
+    room = WORKSPACE.of(run("muon_room", moves, len(given), threads))
+    run("muon_step", moves, len(given), room, threads)
+    increment_version([tensor for weight, _, momentum, *_ in given for tensor in (weight, momentum)])
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
@@ -68,7 +130,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     wide = wide / (wide.norm() + 1e-7)  # no singular value above 1
     if matrix.device.type == "cpu":
         wide = wide.float()
-        result = product(whole_factor(product(wide, wide.T)), wide)
+        result = whole_factor(wide @ wide.T) @ wide
     else:
         result = iterated(wide.bfloat16())
     return (result.T if tall else result).to(matrix.dtype)
@@ -87,17 +149,16 @@ def whole_factor(gram: Tensor) -> Tensor:
 
     The next gram matrix is the one before between the factor twice. In bfloat16 its small eigenvalues would be lost.
     """
-    times = torch.mm if len(gram) <= SMALL else product
-    step = whole = factor(gram, times)
+    step = whole = factor(gram)
     for _ in range(NUM_ITERATIONS - 1):
-        gram = times(times(step, gram), step)
-        step = factor(gram, times)
-        whole = times(step, whole)
+        gram = step @ gram @ step
+        step = factor(gram)
+        whole = step @ whole
     return whole
 
 
-def factor(gram: Tensor, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def factor(gram: Tensor) -> Tensor:
     """What one iteration multiplies a matrix by (m, m)."""
-    result = times(gram, gram).mul_(C).add_(gram, alpha=B)
+    result = (gram @ gram).mul_(C).add_(gram, alpha=B)
     result.diagonal().add_(A)
     return result

@@ -12,8 +12,8 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-INTERFACE = 2  # of vectors.c, raised where what kernels are called with changes
-COUNTS = ("lanes", "decoding_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
+INTERFACE = 3  # of vectors.c, raised where what kernels are called with changes
+COUNTS = ("lanes", "decoding_room", "muon_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
 
 
 def library(name: str) -> ctypes.CDLL | None:

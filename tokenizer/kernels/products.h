@@ -24,6 +24,17 @@ INLINE void multiply(const float *left, size row, size next, const float *right,
         for (size v = 0; v < wide; v++) store(sums + r * apart + v * V, sum[r][v]);
 }
 
+/* The same, of a width that is not known before. */
+INLINE void multiply_wide(const float *left, size row, size next, const float *right, size beyond, size depth,
+                          float *sums, size apart, int on_top, size wide) {
+    switch (wide) { /* each with its own number of registers */
+    case 1: multiply(left, row, next, right, beyond, depth, sums, apart, on_top, 1); break;
+    case 2: multiply(left, row, next, right, beyond, depth, sums, apart, on_top, 2); break;
+    case 3: multiply(left, row, next, right, beyond, depth, sums, apart, on_top, 3); break;
+    default: multiply(left, row, next, right, beyond, depth, sums, apart, on_top, COLUMNS);
+    }
+}
+
 /* The same for any number of rows, up to the next multiple of ROWS, and of columns, a multiple of V. Columns of the right
    matrix lie in panels of COLUMNS * V, one after another, where it is `packed`. */
 INLINE void multiply_all(const float *left, size row, size next, const float *right, int packed, size depth, float *sums,
@@ -32,15 +43,8 @@ INLINE void multiply_all(const float *left, size row, size next, const float *ri
         size wide = columns - c < COLUMNS * V ? (columns - c) / V : COLUMNS;
         const float *panel = right + (packed ? c * depth : c);
         size beyond = packed ? wide * V : columns;
-        for (size r = 0; r < rows; r += ROWS) {
-            const float *from = left + r * row;
-            float *to = sums + r * columns + c;
-            switch (wide) { /* each with its own number of registers */
-            case 1: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 1); break;
-            case 2: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 2); break;
-            case 3: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, 3); break;
-            default: multiply(from, row, next, panel, beyond, depth, to, columns, on_top, COLUMNS);
-            }
-        }
+        for (size r = 0; r < rows; r += ROWS)
+            multiply_wide(left + r * row, row, next, panel, beyond, depth, sums + r * columns + c, columns, on_top,
+                          wide);
     }
 }

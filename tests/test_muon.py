@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer import QUANTIZERS
-from tokenizer.kernels import LIBRARY, WORKSPACE
+from tokenizer.kernels import LIBRARY
+from tokenizer.kernels.memory import WORKSPACE
 from train import muon
 from train.muon import MuonAdamW, is_for_kernel, iterated, orthogonalized
 from train.optimization import Trainee

@@ -2,10 +2,14 @@
 
 #include "vectors.h"
 
-enum {
-    ROWS = 4,   /* of a product that stay in registers, */
-    COLUMNS = 4 /* and vectors of each: 16 sums hide the time that one takes */
-};
+enum { ROWS = 4 }; /* of a product that stay in registers, */
+
+/* and vectors of each: the sums hide the time that one takes, and leave registers for what is multiplied. */
+#ifdef __AVX512F__
+enum { COLUMNS = 4 };
+#else
+enum { COLUMNS = 3 };
+#endif
 
 /* ROWS x (wide * V) sums of `depth` products of left and right into `sums`, or on top of what is there. Of the left
    matrix the steps along rows and depth are given, of the others those along rows, which lie without gaps. */

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -64,12 +65,17 @@ class Trainee:
     model: nn.Module | None = None  # as Accelerate wraps it, once an Optimization has taken it on
     gradient_norm: Tensor | None = None  # of the last step, before clipping; None where no loss reached it
 
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """All that may learn; to gather them takes as long as to clip their gradients."""
+        return list(self.network.parameters())
+
     def groups(self) -> list[dict[str, Any]]:
         """Its parameters as groups of the optimizer: matrices and kernels, embeddings, and what nothing should shrink.
 
         That is biases, norms, and all that belongs to a quantizer: codes lie where the latents are.
         """
-        modules, weights = list(self.network.modules()), list(self.network.parameters())
+        modules, weights = list(self.network.modules()), self.weights
         embeddings = {id(each.weight) for each in modules if isinstance(each, nn.Embedding)}
         codes = {id(weight) for each in modules if isinstance(each, Quantizer) for weight in each.parameters()}
         kept = [weight for weight in weights if weight.ndim < 2 or id(weight) in codes]
@@ -161,7 +167,7 @@ class Optimization:
         """Clip the gradient of each network that has one, by itself."""
         clip = self.accelerator.clip_grad_norm_  # unscales, once and for all networks
         for trainee in self.trainees.values():
-            weights = list(trainee.network.parameters())
+            weights = trainee.weights
             reached = any(weight.grad is not None for weight in weights)
             trainee.gradient_norm = clip(weights, self.config.optimizer.max_grad_norm) if reached else None
             clip = nn.utils.clip_grad_norm_

@@ -96,8 +96,8 @@ INLINE void of_kernel(sides k, const vector *g, vector *t) {
         return;
     }
     if (k == HALVED) {
-        vector even_h = g[0] / (2 * H * (H2 - Q2)), odd_h = g[1] / (2 * (H2 - Q2));
-        vector even_q = g[0] / (2 * Q * (Q2 - H2)), odd_q = g[1] / (2 * (Q2 - H2));
+        vector even_h = g[0] * (1 / (2 * H * (H2 - Q2))), odd_h = g[1] * (1 / (2 * (H2 - Q2)));
+        vector even_q = g[0] * (1 / (2 * Q * (Q2 - H2))), odd_q = g[1] * (1 / (2 * (Q2 - H2)));
         t[0] = odd_h + even_h;
         t[1] = odd_h - even_h;
         t[2] = odd_q + even_q;
@@ -105,9 +105,9 @@ INLINE void of_kernel(sides k, const vector *g, vector *t) {
         t[4] = g[1];
         return;
     }
-    vector even_p = (g[0] + P2 * g[2]) / (2 * P2 * (P2 - Q2)), odd_p = g[1] / (2 * P * (P2 - Q2));
-    vector even_q = (g[0] + Q2 * g[2]) / (2 * Q2 * (Q2 - P2)), odd_q = g[1] / (2 * Q * (Q2 - P2));
-    t[0] = g[0] / (P2 * Q2);
+    vector even_p = (g[0] + P2 * g[2]) * (1 / (2 * P2 * (P2 - Q2))), odd_p = g[1] * (1 / (2 * P * (P2 - Q2)));
+    vector even_q = (g[0] + Q2 * g[2]) * (1 / (2 * Q2 * (Q2 - P2))), odd_q = g[1] * (1 / (2 * Q * (Q2 - P2)));
+    t[0] = g[0] * (1 / (P2 * Q2));
     t[1] = even_p + odd_p;
     t[2] = even_p - odd_p;
     t[3] = even_q + odd_q;
@@ -123,9 +123,9 @@ INLINE void to_kernel(sides k, const vector *t, vector *g) {
         g[2] = (t[1] - t[2] - t[3]) / 2 + t[4];
         return;
     }
-    vector even_p = (t[1] + t[2]) / (2 * P2 * (P2 - Q2)), odd_p = (t[1] - t[2]) / (2 * P * (P2 - Q2));
-    vector even_q = (t[3] + t[4]) / (2 * Q2 * (Q2 - P2)), odd_q = (t[3] - t[4]) / (2 * Q * (Q2 - P2));
-    g[0] = t[0] / (P2 * Q2) + even_p + even_q;
+    vector even_p = (t[1] + t[2]) * (1 / (2 * P2 * (P2 - Q2))), odd_p = (t[1] - t[2]) * (1 / (2 * P * (P2 - Q2)));
+    vector even_q = (t[3] + t[4]) * (1 / (2 * Q2 * (Q2 - P2))), odd_q = (t[3] - t[4]) * (1 / (2 * Q * (Q2 - P2)));
+    g[0] = t[0] * (1 / (P2 * Q2)) + even_p + even_q;
     g[1] = odd_p + odd_q;
     g[2] = P2 * even_p + Q2 * even_q + t[5];
 }

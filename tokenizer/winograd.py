@@ -7,9 +7,8 @@ out, H W sides, n numbers taken of a tile along an axis.
 """
 
 import ctypes
-import math
 from enum import IntEnum
-from functools import cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import Self
 
 import torch
@@ -39,7 +38,9 @@ class Sides(IntEnum):
 
     def after(self, length: int) -> int:
         """Of a side of so many pixels."""
-        return {Sides.KEPT: length, Sides.DOUBLED: 2 * length, Sides.HALVED: -(-length // 2)}[self]
+        if self is Sides.KEPT:
+            return length
+        return 2 * length if self is Sides.DOUBLED else -(-length // 2)
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -66,7 +67,7 @@ class WinogradConv2d(nn.Conv2d):
         elif wants_gradient(features, weight, bias):
             result = ByTiles.apply(features.float(), weight, bias, self.sides)
         else:
-            given = features.float(), self.packed_of(weight.detach()), len(weight), bias, self.sides
+            given = features.float(), self.packed_of(weight.detach()), weight.shape[0], bias, self.sides
             if added is not None and added.dtype == torch.float32 and are_plain(added) and not wants_gradient(added):
                 return convolve(*given, added)
             result = convolve(*given)
@@ -90,7 +91,7 @@ class WinogradConv2d(nn.Conv2d):
 def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides) -> bool:
     """Whether the kernels are here, take these, and were seen to be faster."""
     parameters = [weight] if bias is None else [weight, bias]
-    if LIBRARY is None or {parameter.dtype for parameter in parameters} != {torch.float32}:
+    if LIBRARY is None or any(parameter.dtype != torch.float32 for parameter in parameters):
         return False
     if torch.is_autocast_enabled("cpu"):
         faster = features.dtype in (torch.float32, torch.bfloat16) and not bfloat16_is_faster()
@@ -102,17 +103,12 @@ def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, sides: S
         return False  # what it means, or why it is refused, any convolution tells
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    pixels = math.prod(map(sides.after, features.shape[2:]))
-    tiles = tiles_of(*features.shape[2:], sides)
-    if weight.shape[1] < LANES and len(features) * tiles * PIXELS**2 * len(weight) * 4 < MUCH:
+    batch, channels, *lengths = features.shape
+    height, width = map(sides.after, lengths)
+    tiles = batch * -(-height // PIXELS) * -(-width // PIXELS)
+    if channels < LANES and tiles * PIXELS**2 * weight.shape[0] * 4 < MUCH:
         return False  # most of what is multiplied would be filled up
-    enough = len(features) * tiles >= FEWEST_TILES
-    return enough and tiles * PIXELS**2 <= MOST_COMPUTED * pixels
-
-
-def tiles_of(height: int, width: int, sides: Sides) -> int:
-    """That cover what becomes of a picture."""
-    return -(-sides.after(height) // PIXELS) * -(-sides.after(width) // PIXELS)
+    return tiles >= FEWEST_TILES and tiles * PIXELS**2 <= MOST_COMPUTED * batch * height * width
 
 
 def changes_of(weight: Tensor) -> int:
@@ -163,7 +159,7 @@ class ByTiles(Function):
     def forward(ctx, features, weight, bias, sides):
         ctx.save_for_backward(features, weight, bias)
         ctx.sides = sides
-        return convolve(features, pack(weight, sides, into=PASSING), len(weight), bias, sides)
+        return convolve(features, pack(weight, sides, into=PASSING), weight.shape[0], bias, sides)
 
     @staticmethod
     def backward(ctx, towards):
@@ -172,7 +168,7 @@ class ByTiles(Function):
             return *gradients_by(partial(convolution, sides=ctx.sides), ctx.saved_tensors, wanted, towards), None
         if ctx.sides == Sides.HALVED:  # by PyTorch's own, which need not convolve once more as those of any function
             padded = F.pad(towards, (1, 0, 1, 0))  # what `convolution` leaves out
-            given = padded, features, weight, [len(weight)], [2, 2], [2, 2], [1, 1], False, [0, 0], 1, wanted
+            given = padded, features, weight, [weight.shape[0]], [2, 2], [2, 2], [1, 1], False, [0, 0], 1, wanted
             return *torch.ops.aten.convolution_backward(*given), None
         return (
             to_features(towards, weight, ctx.sides) if wanted[0] else None,
@@ -200,16 +196,28 @@ class Shape(ctypes.Structure):
         """Of a tile and a kernel, for a channel in and one out."""
         return {Sides.KEPT: 36, Sides.DOUBLED: 25, Sides.HALVED: 81}[self.sides]
 
-    @property
+    @cached_property
     def tiles(self) -> int:
-        """Of all pictures."""
-        return self.pictures * tiles_of(self.height, self.width, Sides(self.sides))
+        """That cover what becomes of all pictures."""
+        height, width = map(Sides(self.sides).after, (self.height, self.width))
+        return self.pictures * -(-height // PIXELS) * -(-width // PIXELS)
+
+    @cached_property
+    def numbers(self) -> int:
+        """Of what is taken of a weight."""
+        return run("winograd_numbers", self)
+
+    @cached_property
+    def room(self) -> int:
+        """Numbers that lie between the steps of a thread."""
+        return run("winograd_room", self)
 
     def threads(self, fewest: int) -> int:
         """With at least so many tiles for each."""
         return max(1, min(torch.get_num_threads(), self.tiles // fewest))
 
 
+shape_of = lru_cache(Shape)  # one of each of late, which keeps its counts
 Steps = ctypes.c_ssize_t * 4
 PASSING = Workspace()  # for what is taken of a weight that changes at every step
 TILES = run("winograd_tiles") if LIBRARY else 0  # of a block
@@ -224,9 +232,8 @@ def laid_out(features: Tensor) -> Tensor:
 def pack(weight: Tensor, sides: Sides = Sides.KEPT, turned: bool = False, into: Workspace | None = None) -> Tensor:
     """A weight (O, C, 3, 3), turned over or not, to what is taken of it, filled up to whole vectors."""
     out_channels, channels = weight.shape[:2]
-    shape = Shape(0, 0, 0, filled(channels, LANES), filled(out_channels, LANES), sides)
-    count = run("winograd_numbers", shape)
-    packed = empty(count) if into is None else into.of(count)
+    shape = shape_of(0, 0, 0, filled(channels, LANES), filled(out_channels, LANES), sides)
+    packed = empty(shape.numbers) if into is None else into.of(shape.numbers)
     run("winograd_pack", shape, weight, channels, out_channels, Steps(*weight.stride()), turned, packed)
     return packed
 
@@ -242,14 +249,15 @@ def convolve(
     """Features (B, C, H, W) to (B, O, H', W') in channels last, by what `pack` gave."""
     features = laid_out(features)
     batch, height, width, channels = features.shape
-    shape = Shape(batch, height, width, channels, filled(out_channels, LANES), sides)
+    shape = shape_of(batch, height, width, channels, filled(out_channels, LANES), sides)
     threads = shape.threads(FEWEST_OF_THREAD)
     size = batch, out_channels, sides.after(height), sides.after(width)
     result = empty(batch, shape.out_channels, *size[2:], memory_format=torch.channels_last)
     added = None if added is None else laid_out(added.expand(size))
     missing = shape.out_channels - out_channels
-    bias = None if bias is None else F.pad(bias, (0, missing)).contiguous()
-    room = WORKSPACE.of(run("winograd_room", shape, threads))
+    if bias is not None:
+        bias = (F.pad(bias, (0, missing)) if missing else bias).contiguous()
+    room = WORKSPACE.of(threads * shape.room)
     run("winograd_convolve", shape, features, packed, bias, added, result, room, threads)
     return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
@@ -258,10 +266,10 @@ def to_weight(features: Tensor, towards: Tensor, sides: Sides) -> Tensor:
     """The gradient of the weight (O, C, 3, 3) from features and that of the result."""
     channels, out_channels = features.shape[1], towards.shape[1]
     features, towards = laid_out(features), laid_out(towards)
-    shape = Shape(*features.shape, towards.shape[3], sides)
+    shape = shape_of(*features.shape, towards.shape[3], sides)
     threads = shape.threads(TILES)  # of which each has sums of its own
-    sums, room = threads * run("winograd_numbers", shape), run("winograd_room", shape, threads)
-    sums, room = WORKSPACE.of(sums + room)[: sums + room].split([sums, room])
+    sums = WORKSPACE.of(threads * (shape.numbers + shape.room))
+    room = sums[threads * shape.numbers :]
     weight = empty(shape.out_channels, shape.channels, 3, 3, memory_format=torch.channels_last)
     run("winograd_weight_gradient", shape, features, towards, weight, sums, room, threads)
     return weight[:out_channels, :channels]

@@ -251,9 +251,6 @@ INLINE void give_tile(const shape *s, sides k, const float *sums, const float *b
     }
 }
 
-/* Floats of a thread's workspace. */
-INLINE size room_of(const shape *s) { return numbers(s->sides) * numbers(s->sides) * (of_tiles(s, s->sides) + of_sums(s)); }
-
 /* Tiles first ... last - 1: their numbers, the sums, the pixels. */
 INLINE void convolve_block(const shape *s, sides k, const float *features, const float *kernel, const float *bias,
                            const float *added, float *result, size first, size last, float *room) {
@@ -287,8 +284,10 @@ INLINE void gradient_block(const shape *s, sides k, const float *features, const
 /* Floats of n * n numbers of all kernels. */
 size winograd_numbers(const shape *s) { return numbers(s->sides) * numbers(s->sides) * of_kernels(s); }
 
-/* Floats that lie between the steps of so many threads. */
-size winograd_room(const shape *s, size threads) { return threads * room_of(s); }
+/* Floats that lie between the steps of a thread. */
+size winograd_room(const shape *s) {
+    return numbers(s->sides) * numbers(s->sides) * (of_tiles(s, s->sides) + of_sums(s));
+}
 
 /* Tiles of a block, of which fewer would not fill a thread. */
 size winograd_tiles(void) { return TILES; }
@@ -337,7 +336,7 @@ void winograd_convolve(const shape *s, const float *features, const float *kerne
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size first = 0; first < tiles; first += block) {
         size last = first + block < tiles ? first + block : tiles;
-        float *room = rooms + omp_get_thread_num() * room_of(s);
+        float *room = rooms + omp_get_thread_num() * winograd_room(s);
         switch (s->sides) { /* each with its own number of everything */
         case KEPT: convolve_block(s, KEPT, features, kernel, bias, added, result, first, last, room); break;
         case DOUBLED: convolve_block(s, DOUBLED, features, kernel, bias, added, result, first, last, room); break;
@@ -354,7 +353,7 @@ void winograd_weight_gradient(const shape *s, const float *features, const float
     size held = winograd_numbers(s);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size thread = 0; thread < threads; thread++) {
-        float *sums = gradients + thread * held, *room = rooms + thread * room_of(s);
+        float *sums = gradients + thread * held, *room = rooms + thread * winograd_room(s);
         size end = (thread + 1) * each < tiles ? (thread + 1) * each : tiles;
         memset(sums, 0, held * sizeof(float));
         for (size first = thread * each; first < end; first += TILES) {

@@ -39,6 +39,8 @@ class MuonAdamW(torch.optim.AdamW):
         try:
             self.param_groups = [group for group in groups if not group.get("orthogonal")]
             super().step()
+            moved = [weight for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+            increment_version(moved)  # which a fused step does not
         finally:
             self.param_groups = groups
         for_kernel = []

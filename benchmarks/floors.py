@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tokenizer import kernels, normalisation, processor, winograd
+from tokenizer import kernels, normalisation, pointwise, processor, winograd
+from tokenizer.kernels.memory import WORKSPACE
 from tokenizer.products import ONEDNN_LINEAR, product
 
 PRODUCT = 2048  # rows and columns of the matrices
@@ -55,11 +56,16 @@ class Work(TorchDispatchMode):
         return result
 
     def run(self, kernel: str, *given: Any) -> int:
-        """A kernel of ours, which PyTorch does not see: its tensors but the last, which is its workspace."""
+        """A kernel of ours, which PyTorch does not see: its tensors but for its workspace."""
         if kernel in ("winograd_convolve", "winograd_weight_gradient"):
             shape = given[0]
             self.operations[torch.float32] += 2 * shape.tiles * shape.products * shape.channels * shape.out_channels
-        self.bytes += sum([each.nbytes for each in given if isinstance(each, Tensor)][:-1])
+        elif kernel in ("pointwise_convolve", "pointwise_to_features", "pointwise_to_weight"):
+            places, channels, out_channels, *_ = (each for each in given if isinstance(each, int))
+            self.operations[torch.float32] += 2 * places * channels * out_channels
+        held = WORKSPACE.of(0).untyped_storage().data_ptr()
+        tensors = (each for each in given if isinstance(each, Tensor))
+        self.bytes += sum(each.nbytes for each in tensors if each.untyped_storage().data_ptr() != held)
         return kernels.run(kernel, *given)
 
 
@@ -67,7 +73,7 @@ def work_of(call: Callable[[], object]) -> Work:
     """What one call does."""
     with Work() as work, ExitStack() as changed:
         changed.enter_context(patch.object(processor, "is_watched", lambda: False))  # else no kernel would run
-        for module in (winograd, normalisation):
+        for module in (winograd, pointwise, normalisation):
             changed.enter_context(patch.object(module, "run", work.run))
         call()
     return work

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from tokenizer import ImageTokenizer, winograd
+from tokenizer import ImageTokenizer, pointwise, winograd
 from train.checkpoint import RunFolder
 from train.config import parse
 from train.data import Batch, training_batches
@@ -222,8 +222,8 @@ class Peer(nn.Module):
 
         def step() -> None:
             images = (crops.float() / 255 * 2 - 1).to(memory_format=self.layout)
-            of_pytorch = patch.object(winograd, "LIBRARY", None)  # its convolutions
-            with of_pytorch, torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bfloat16):
+            in_bfloat16 = torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bfloat16)
+            with patch.object(winograd, "LIBRARY", None), patch.object(pointwise, "LIBRARY", None), in_bfloat16:
                 codes, _, commitment = self.quantizer(self.autoencoder.encoder(images))
                 loss = F.mse_loss(self.autoencoder.decoder(codes).float(), images) + commitment.sum()
             self.optimizer.zero_grad()

@@ -9,7 +9,6 @@ import torch
 from diffusers_models import vq_model
 from largest_tensor import LargestTensor
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer import ImageTokenizer, TokenizerConfig
@@ -18,7 +17,6 @@ from tokenizer.autoencoder import (
     AttentionBlock,
     ClassShift,
     ConvolutionalAutoencoder,
-    PointwiseConv2d,
     ResidualBlock,
     attend,
 )
@@ -102,42 +100,6 @@ def test_a_decoder_lets_go_of_what_a_layer_has_used():
     with torch.no_grad():
         decoder(torch.randn(1, 4, 2, 3))
     assert left == [False] * (len(decoder) - 3) + [True, True]  # what enters and what leaves the head, the last but one
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "sizes", [(2, 6, 1, 1), (2, 6, 1, 5), (2, 6, 7, 1), (2, 6, 17, 3), (16, 6, 3, 2), (2, 1, 5, 7)]
-)
-@pytest.mark.usefixtures("one_thread")
-def test_a_pointwise_convolution_is_a_product_at_each_place_and_keeps_the_layout(sizes, layout):
-    torch.manual_seed(0)
-    layer, features = PointwiseConv2d(sizes[1], 4), torch.randn(sizes).to(memory_format=layout).requires_grad_()
-    found, expected = layer(features), torch.einsum("bchw,oc->bohw", features, layer.weight[..., 0, 0])
-    torch.testing.assert_close(found, expected + layer.bias[:, None, None])
-    plain, layouts = F.conv2d(features, layer.weight, layer.bias), (torch.contiguous_format, torch.channels_last)
-    assert [found.is_contiguous(memory_format=each) for each in layouts] == [
-        plain.is_contiguous(memory_format=each) for each in layouts
-    ]
-    with torch.no_grad():
-        assert torch.equal(layer(features), found)
-    towards, given = torch.randn_like(found), [features, layer.weight]
-    for mine, reference in zip(*(torch.autograd.grad(of, given, towards) for of in (found, expected)), strict=True):
-        torch.testing.assert_close(mine, reference)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_few_pictures_in_float32_on_one_thread_go_through_a_pointwise_convolution_row_by_row(monkeypatch):
-    layer, seen = PointwiseConv2d(6, 4), []
-    convolve = nn.Conv2d.forward
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, given: seen.append(len(given)) or convolve(self, given))
-    few, many = (torch.randn(size, 6, 5, 7).to(memory_format=torch.channels_last) for size in (15, 16))
-    layer(few), layer(many), layer(few.contiguous())
-    torch.vmap(layer)(few[:, None])
-    layer.bfloat16()(few.bfloat16())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    layer.float()(few)
-    assert seen[0] == 15 * 5
-    assert seen[1:] == [16, 15, 1, 15, 15]
 
 
 @pytest.mark.parametrize("norm_groups", [0, 4])

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenizer import winograd
+from tokenizer import processor, winograd
 from tokenizer.kernels import LANES, LIBRARY
 from tokenizer.winograd import FEWEST_TILES, Sides, WinogradConv2d
 
@@ -199,7 +199,7 @@ def test_gradients_of_weights_are_the_same_each_time_and_nearly_so_by_other_thre
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_what_is_added_is_added_in_its_type(convolution, features, gradients, monkeypatch):
-    monkeypatch.setattr(winograd, "bfloat16_is_faster", lambda: False)
+    monkeypatch.setattr(processor, "bfloat16_is_faster", lambda: False)
     with torch.set_grad_enabled(gradients):
         result = convolution(features)
         added = torch.randn_like(result)
@@ -409,7 +409,7 @@ def test_compilers_transforms_and_other_tensors_meet_any_convolution(convolution
 
 @pytest.mark.parametrize("faster", [False, True])
 def test_autocast_rounds_only_where_bfloat16_is_faster(convolution, features, faster, monkeypatch):
-    monkeypatch.setattr(winograd, "bfloat16_is_faster", lambda: faster)
+    monkeypatch.setattr(processor, "bfloat16_is_faster", lambda: faster)
     features.requires_grad_()
     in_float32 = convolution(features), convolution(features.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):

@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from torch.nn.modules import module
 
 from .normalisation import activated, group_norm
-from .processor import numbers_alone
+from .pointwise import PointwiseConv2d
 from .winograd import Sides, WinogradConv2d
 
 PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
-FEWEST_FOR_ONEDNN = 16  # pictures, by PyTorch's ConvParams::use_mkldnn
 
 
 class ClassShift(nn.Module):
@@ -76,36 +75,6 @@ def onwards(
                 return torch.cat([onwards(layers[index:], *part, in_parts=True) for part in parts])
         features = layer(features, labels) if isinstance(layer, ClassShift) else layer(features)
     return features
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution.
-
-    PyTorch leaves it to MKL for a few pictures in float32 on one thread, which takes twice as long as oneDNN: then each
-    row is a picture.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, C, H, W) to (B, O, H, W)."""
-        if not is_for_mkl(features):
-            return super().forward(features)
-        rows = features.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * H, C, 1, W)
-        return super().forward(rows).squeeze(2).unflatten(0, (-1, features.shape[2])).transpose(1, 2)
-
-
-def is_for_mkl(features: Tensor) -> bool:
-    """Whether PyTorch would leave a 1x1 convolution of these to MKL, and their rows can be had without a copy."""
-    return (
-        numbers_alone(features)  # first: a length that is looked at is no longer free in what is exported
-        and len(features) < FEWEST_FOR_ONEDNN
-        and torch.get_num_threads() == 1
-        and features.dtype == torch.float32
-        and features.is_contiguous(memory_format=torch.channels_last)
-        and not features.is_contiguous()  # of one channel or place: rows would give neither layout back
-    )
 
 
 class ResidualBlock(nn.Module):

@@ -42,6 +42,15 @@ def bfloat16_is_faster() -> bool:
     return multiplies_bfloat16() and (LIBRARY is None or CAPABILITIES.get("amx_bf16", False))
 
 
+def is_in_float32(features: Tensor, *parameters: Tensor) -> bool:
+    """Whether a convolution of these is: under autocast, too, where bfloat16 is not faster."""
+    if any(parameter.dtype != torch.float32 for parameter in parameters):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return features.dtype in (torch.float32, torch.bfloat16) and not bfloat16_is_faster()
+    return features.dtype == torch.float32
+
+
 def numbers_alone(*tensors: Tensor) -> bool:
     """Whether these lie on a CPU and only their numbers are asked for, gradients aside.
 

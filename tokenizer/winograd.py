@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .kernels import LANES, LIBRARY, filled, run
 from .kernels.memory import WORKSPACE, Workspace, empty
-from .processor import are_plain, bfloat16_is_faster, wants_gradient
+from .processor import are_plain, is_in_float32, wants_gradient
 from .reference import gradients_by
 
 FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
@@ -91,13 +91,7 @@ class WinogradConv2d(nn.Conv2d):
 def is_for_tiles(features: Tensor, weight: Tensor, bias: Tensor | None, sides: Sides) -> bool:
     """Whether the kernels are here, take these, and were seen to be faster."""
     parameters = [weight] if bias is None else [weight, bias]
-    if LIBRARY is None or any(parameter.dtype != torch.float32 for parameter in parameters):
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        faster = features.dtype in (torch.float32, torch.bfloat16) and not bfloat16_is_faster()
-    else:
-        faster = features.dtype == torch.float32
-    if not faster or not are_plain(features, *parameters):
+    if LIBRARY is None or not is_in_float32(features, *parameters) or not are_plain(features, *parameters):
         return False
     if features.ndim != 4 or weight.shape[1:] != (features.shape[1], 3, 3):
         return False  # what it means, or why it is refused, any convolution tells

@@ -122,7 +122,7 @@ class Optimization:
         groups = [(trainee.learning_rate, group) for trainee in self.trainees.values() for group in trainee.groups()]
         self.highest_rates = [rate for rate, _ in groups]
         networks = [trainee.network for trainee in self.trainees.values()]
-        # In one pass over each parameter on a CPU, six times as fast; gradients must lie as these do, which autograd sees to.
+        # On a CPU in one pass over each parameter. Gradients must lie as these do, which autograd sees to.
         fused = True if accelerator.device.type == "cpu" else None
         optimizer = MuonAdamW([group for _, group in groups], fused=fused)
         *self.models, self.optimizer = accelerator.prepare(*networks, optimizer)

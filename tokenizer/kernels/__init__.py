@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 INTERFACE = 3  # of vectors.c, raised where what kernels are called with changes
-COUNTS = ("lanes", "decoding_room", "muon_room", "norm_room", "winograd_numbers", "winograd_room", "winograd_tiles")
+COUNTS = (
+    "lanes",
+    "decoding_room",
+    "muon_room",
+    "norm_room",
+    "pointwise_room",
+    "winograd_numbers",
+    "winograd_room",
+    "winograd_tiles",
+)
 
 
 def library(name: str) -> ctypes.CDLL | None:

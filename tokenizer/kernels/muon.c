@@ -29,7 +29,6 @@ typedef struct {
     size rows, columns;
 } matrix;
 
-INLINE size least(size a, size b) { return a < b ? a : b; }
 INLINE size larger(size a, size b) { return a > b ? a : b; }
 INLINE size filled(size count, size unit) { return (count + unit - 1) / unit * unit; }
 INLINE size volume(size rows, size columns) { return filled(rows, V) * filled(columns, PANEL); }
@@ -76,31 +75,9 @@ INLINE void move_weight(const move *m, matrix direction, float moved) {
         }
 }
 
-/* A block of V x V turned over: a row and a lane change places, one bit of their numbers after the other. */
-INLINE void turn_block(const float *from, float *to) {
-    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    integers lane = *(const integers *)numbers;
-    vector row[V];
-#pragma GCC unroll 16
-    for (int r = 0; r < V; r++) row[r] = load(from + r * PANEL);
-#pragma GCC unroll 4
-    for (int bit = V / 2; bit; bit /= 2) {
-        integers latter = (lane & bit) * (V / bit); /* V, of lanes that come from the latter of two rows */
-#pragma GCC unroll 16
-        for (int r = 0; r < V; r++)
-            if (!(r & bit)) {
-                vector one = row[r], other = row[r + bit];
-                row[r] = __builtin_shuffle(one, other, (lane & ~bit) + latter);
-                row[r + bit] = __builtin_shuffle(one, other, (lane | bit) + latter);
-            }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < V; r++) store(to + r * PANEL, row[r]);
-}
-
 INLINE void turn(matrix from, matrix to) {
     for (size c = 0; c < from.columns; c += V)
-        for (size r = 0; r < from.rows; r += V) turn_block(place(from, r, c), place(to, c, r));
+        for (size r = 0; r < from.rows; r += V) turn_block(place(from, r, c), PANEL, place(to, c, r), PANEL);
 }
 
 /* Left, which may lie turned over, by right. Where the result is symmetric the lower half mirrors the upper one. */
@@ -116,7 +93,7 @@ static void product(matrix left, int turned, matrix right, matrix result, int sy
                               (end - c - skipped) / V);
             }
     for (size c = V; symmetric && c < result.columns; c += V)
-        for (size r = 0; r < c; r += V) turn_block(place(result, r, c), place(result, c, r));
+        for (size r = 0; r < c; r += V) turn_block(place(result, r, c), PANEL, place(result, c, r), PANEL);
 }
 
 /* What one iteration multiplies by, of a gram matrix, into `result`. */

@@ -9,7 +9,6 @@
 enum { PLACES = 256 }; /* of a part, by which pictures are read, whatever the number of threads */
 
 INLINE size parts_of(size places) { return (places + PLACES - 1) / PLACES; }
-INLINE size least(size a, size b) { return a < b ? a : b; }
 
 /* Floats that lie between the passes. */
 size norm_room(size pictures, size places, size channels) { return 2 * pictures * (parts_of(places) + 1) * channels; }

@@ -32,6 +32,8 @@ INLINE void put(float *to, vector values, int much) {
 #endif
 }
 
+INLINE size least(size a, size b) { return a < b ? a : b; }
+
 INLINE vector all(float value) { return (vector){0} + value; }
 
 #ifdef __AVX512F__
@@ -41,6 +43,29 @@ INLINE vector all(float value) { return (vector){0} + value; }
 #define LARGER _mm256_max_ps
 #define SMALLER _mm256_min_ps
 #endif
+
+/* A block of V x V turned over, of which the steps from row to row are given: a row and a lane change places, one bit of
+   their numbers after the other. */
+INLINE void turn_block(const float *from, size row_of_from, float *to, size row_of_to) {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    integers lane = *(const integers *)numbers;
+    vector row[V];
+#pragma GCC unroll 16
+    for (int r = 0; r < V; r++) row[r] = load(from + r * row_of_from);
+#pragma GCC unroll 4
+    for (int bit = V / 2; bit; bit /= 2) {
+        integers latter = (lane & bit) * (V / bit); /* V, of lanes that come from the latter of two rows */
+#pragma GCC unroll 16
+        for (int r = 0; r < V; r++)
+            if (!(r & bit)) {
+                vector one = row[r], other = row[r + bit];
+                row[r] = __builtin_shuffle(one, other, (lane & ~bit) + latter);
+                row[r + bit] = __builtin_shuffle(one, other, (lane | bit) + latter);
+            }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < V; r++) store(to + r * row_of_to, row[r]);
+}
 
 /* e^x by a power of 2 and the polynomial of Cephes' expf, to some 1e-7 of it, and 0 from -88 on; what is not a number
    stays none. */

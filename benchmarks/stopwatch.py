@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from recording import tell
 
+from tokenizer.kernels.memory import RESERVE
 from train.settings import at_least_one, require
 
 MIN_ROUNDS = 5
@@ -135,7 +136,8 @@ def peak_memory(call: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not CLEAR_REFS.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # or the call would fill what earlier ones have left behind
+    RESERVE.held.clear()  # or the call would fill what earlier ones have left behind
+    ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5")  # the height begins anew
     before = resident("VmRSS")
     call()

@@ -250,6 +250,7 @@ def assert_search_in_float32(tokenizer: ImageTokenizer) -> None:
     assert torch.equal(output.reconstructions.clamp(0, 1), tokenizer.decode(tokens))
 
 
+@pytest.mark.usefixtures("with_bfloat16")
 def test_under_bfloat16_autocast_codes_and_search_stay_float32(tokenizer):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_search_in_float32(tokenizer)

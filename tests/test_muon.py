@@ -334,3 +334,30 @@ def test_the_kernel_for_lesser_processors_is_as_exact():
     done = run([sys.executable, "-c", LESSER], PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY="avx2")
     assert done.returncode == 0, done.stderr
     assert all(0 < float(difference) < 1e-4 for difference in done.stdout.split())
+
+
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last])
+def test_a_fused_step_goes_on_from_the_state_of_any_other_and_is_counted(before, after):
+    def optimizer_of(layout: torch.memory_format, fused: bool | None) -> tuple[nn.Parameter, MuonAdamW]:
+        weight = nn.Parameter(start.clone().contiguous(memory_format=layout))
+        return weight, MuonAdamW([{"params": [weight]}], lr=0.1, fused=fused)
+
+    def take_step(weight: nn.Parameter, optimizer: MuonAdamW) -> None:
+        weight.grad = gradient.clone().contiguous(memory_format=layout_of[optimizer])
+        optimizer.step()
+
+    torch.manual_seed(0)
+    start, gradient, layout_of = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), {}
+    plain, first = optimizer_of(before, None)
+    fused, second = optimizer_of(after, True)
+    layout_of |= {first: before, second: after}
+    take_step(plain, first)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    fused.data.copy_(plain.data)
+    assert second.param_groups[0]["fused"]
+    changes = fused._version
+    take_step(plain, first)
+    take_step(fused, second)
+    torch.testing.assert_close(fused, plain)
+    assert fused._version > changes

@@ -106,6 +106,14 @@ def test_no_place_depends_on_those_beside_it_nor_on_gradients_nor_threads(convol
         assert all(torch.equal(each, first) for each, first in zip(others[:2], gradients[0][:2], strict=True))
 
 
+def test_what_comes_of_it_may_be_changed_in_place(convolution, features):
+    for layer in (convolution, PointwiseConv2d(2 * LANES, LANES)):
+        layers = nn.Sequential(layer, nn.ReLU(inplace=True))
+        (found,) = torch.autograd.grad(layers(features).sum(), layer.weight)
+        (expected,) = torch.autograd.grad(plainly(layer, features).relu().sum(), layer.weight)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_gradients_of_gradients_and_many_at_once_are_those_of_any_convolution(convolution, features):
     features.requires_grad_()
     inputs, seconds, many = [features, *convolution.parameters()], [], []

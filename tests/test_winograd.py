@@ -220,6 +220,7 @@ def test_what_is_narrow_small_unbatched_or_of_another_type_is_left_to_any_convol
     assert not goes_by_tiles(convolution, features[:1, :, :4, :4])
     assert not goes_by_tiles(convolution, features[:0])
     assert not goes_by_tiles(convolution, features[0])
+    torch.testing.assert_close(convolution(features[0]), plainly(convolution, features)[0])
     assert not goes_by_tiles(convolution, features[:, 1:])
     assert not goes_by_tiles(convolution, features.double())
     assert not goes_by_tiles(convolution, features.bfloat16())

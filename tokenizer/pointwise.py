@@ -1,6 +1,6 @@
 """1x1 convolutions, on a CPU by products whose rows do not depend on each other (kernels/pointwise.c).
 
-PyTorch chooses between libraries by the number of pictures, so that a picture would depend on those beside it.
+PyTorch chooses between libraries by the number of pictures, so that the result would depend on those beside it.
 Shapes: B batch, C O channels in and out, H W sides.
 """
 
@@ -13,8 +13,6 @@ from .kernels import LANES, LIBRARY, filled, run
 from .kernels.memory import WORKSPACE, empty
 from .processor import are_plain, is_in_float32, wants_gradient
 from .reference import gradients_by
-
-ROWS = 4  # of a product that the kernels take at once, as in products.h
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -59,6 +57,9 @@ class Pointwise(Function):
         wanted, (features, weight, _) = ctx.needs_input_grad, ctx.saved_tensors
         if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
             return tuple(gradients_by(F.conv2d, ctx.saved_tensors, wanted, towards))
+        if features.shape[1] % LANES or weight.shape[0] % LANES:  # by PyTorch's own, which take any number
+            given = towards, features, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+            return torch.ops.aten.convolution_backward(*given)
         return (
             to_features(towards, weight) if wanted[0] else None,
             to_weight(features, towards) if wanted[1] else None,
@@ -66,48 +67,38 @@ class Pointwise(Function):
         )
 
 
-def places_of(features: Tensor) -> Tensor:
-    """Features (B, C, H, W) as (B * H * W, C) without gaps."""
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]).contiguous()
-
-
-def pictures_of(places: Tensor, like: Tensor) -> Tensor:
-    """The same back, beside the features that they came of, (B, ..., H, W)."""
-    batch, _, height, width = like.shape
-    return places.view(batch, height, width, places.shape[1]).permute(0, 3, 1, 2)
-
-
 def convolve(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Features (B, C, H, W) by a weight (O, C, 1, 1) to (B, O, H, W) in channels last."""
-    places, out_channels = places_of(features), weight.shape[0]
-    count, channels = places.shape
+    features = features.contiguous(memory_format=torch.channels_last)
+    (batch, channels, height, width), out_channels = features.shape, weight.shape[0]
     columns = filled(out_channels, LANES)
-    result, room = empty(count, columns), WORKSPACE.of(run("pointwise_room", channels, columns))
+    missing = columns - out_channels
+    result = empty(batch, columns, height, width, memory_format=torch.channels_last)
     if bias is not None:
-        bias = F.pad(bias, (0, columns - out_channels)).contiguous()
-    given = places, weight.contiguous(), bias, result, count, channels, out_channels, columns, room
+        bias = (F.pad(bias, (0, missing)) if missing else bias).contiguous()
+    sizes = batch * height * width, channels, out_channels
+    room = WORKSPACE.of(run("pointwise_room", channels, columns))
+    given = features, weight.contiguous(), bias, result, *sizes, columns, room
     run("pointwise_convolve", *given, torch.get_num_threads())
-    return pictures_of(result[:, :out_channels].contiguous(), features)
+    return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result
 
 
 def to_features(towards: Tensor, weight: Tensor) -> Tensor:
-    """The gradient (B, C, H, W) of features from that of the result."""
-    places = places_of(towards)
-    count, (out_channels, channels) = len(places), weight.shape[:2]
-    if channels % LANES:
-        return pictures_of(places @ weight.flatten(1), towards)
-    result, room = empty(count, channels), WORKSPACE.of(run("pointwise_room", channels, out_channels))
-    given = places, weight.contiguous(), result, count, channels, out_channels, room
-    run("pointwise_to_features", *given, torch.get_num_threads())
-    return pictures_of(result, towards)
+    """The gradient (B, C, H, W) of features from that of the result, C and O multiples of LANES."""
+    towards = towards.contiguous(memory_format=torch.channels_last)
+    (batch, out_channels, height, width), channels = towards.shape, weight.shape[1]
+    result = empty(batch, channels, height, width, memory_format=torch.channels_last)
+    sizes = batch * height * width, channels, out_channels
+    room = WORKSPACE.of(run("pointwise_room", channels, out_channels))
+    run("pointwise_to_features", towards, weight.contiguous(), result, *sizes, room, torch.get_num_threads())
+    return result
 
 
 def to_weight(features: Tensor, towards: Tensor) -> Tensor:
-    """The gradient (O, C, 1, 1) of a weight from features and that of the result."""
-    left, right = places_of(towards), places_of(features)
-    out_channels, channels = left.shape[1], right.shape[1]
-    if channels % LANES or out_channels % ROWS:
-        return (left.t() @ right)[:, :, None, None]
+    """The gradient (O, C, 1, 1) of a weight from features and that of the result, C and O multiples of LANES."""
+    features, towards = (each.contiguous(memory_format=torch.channels_last) for each in (features, towards))
+    (batch, channels, height, width), out_channels = features.shape, towards.shape[1]
+    sizes = batch * height * width, channels, out_channels
     result = empty(out_channels, channels, 1, 1)
-    run("pointwise_to_weight", right, left, result, len(left), channels, out_channels, torch.get_num_threads())
+    run("pointwise_to_weight", features, towards, result, *sizes, torch.get_num_threads())
     return result

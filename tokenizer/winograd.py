@@ -1,6 +1,6 @@
-"""3x3 convolutions on a CPU with a quarter of the products, by Winograd's minimal filtering (kernels/winograd.c).
+"""3x3 convolutions on a CPU by Winograd's minimal filtering (kernels/winograd.c), which needs fewer products.
 
-Where sides are doubled or halved they need 25 products for 144, or 81.
+They are 36 for 144, and 25 or 81 where the sides of a picture are doubled or halved.
 
 The result is off by four times as much as by plain sums, some 1e-6 of its size. Shapes: B batch, C O channels in and
 out, H W sides, n numbers taken of a tile along an axis.
@@ -138,7 +138,7 @@ def convolution(features: Tensor, weight: Tensor, bias: Tensor | None, sides: Si
     if sides == Sides.HALVED:
         # Padded by two all around, and the first row and column of the result left out: that is a smaller copy than one
         # of the features into a larger tensor.
-        return F.conv2d(features, weight, bias, stride=2, padding=2)[:, :, 1:, 1:].clone()
+        return F.conv2d(features, weight, bias, stride=2, padding=2)[..., 1:, 1:].clone()
     # Of the nine pixels under a kernel those that repeat one pixel are equal, so their weights are added up beforehand:
     # four products for nine.
     weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).flip(2, 3)

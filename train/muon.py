@@ -56,6 +56,19 @@ class MuonAdamW(torch.optim.AdamW):
             move_by_kernel(for_kernel)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """That of any run, whose weights may have lain otherwise: a fused step takes all as the weight lies.
+
+        Gradients do by themselves, as autograd sees to it.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["fused"] = self.defaults["fused"]
+        for weight, state in self.state.items():
+            for name, value in state.items():
+                if value.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
     def momentum(self, weight: Tensor) -> Tensor:
         """That of a weight which is about to move."""
         state = self.state[weight]

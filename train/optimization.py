@@ -67,7 +67,7 @@ class Trainee:
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:
-        """All that may learn; to gather them takes as long as to clip their gradients."""
+        """All that may learn, as they are once it has been prepared; gathering them takes as long as clipping."""
         return list(self.network.parameters())
 
     def groups(self) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class Trainee:
 
         That is biases, norms, and all that belongs to a quantizer: codes lie where the latents are.
         """
-        modules, weights = list(self.network.modules()), self.weights
+        modules, weights = list(self.network.modules()), list(self.network.parameters())
         embeddings = {id(each.weight) for each in modules if isinstance(each, nn.Embedding)}
         codes = {id(weight) for each in modules if isinstance(each, Quantizer) for weight in each.parameters()}
         kept = [weight for weight in weights if weight.ndim < 2 or id(weight) in codes]
@@ -122,8 +122,7 @@ class Optimization:
         groups = [(trainee.learning_rate, group) for trainee in self.trainees.values() for group in trainee.groups()]
         self.highest_rates = [rate for rate, _ in groups]
         networks = [trainee.network for trainee in self.trainees.values()]
-        # On a CPU in one pass over each parameter. Gradients must lie as these do, which autograd sees to.
-        fused = True if accelerator.device.type == "cpu" else None
+        fused = True if accelerator.device.type == "cpu" else None  # in one pass over each parameter
         optimizer = MuonAdamW([group for _, group in groups], fused=fused)
         *self.models, self.optimizer = accelerator.prepare(*networks, optimizer)
         for trainee, model in zip(self.trainees.values(), self.models, strict=True):

@@ -18,7 +18,7 @@ MOST_HELD = 2**28  # bytes: the results of a network that are there together at 
 
 
 def empty(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Numbers for a kernel, whatever the process has as default type and device."""
+    """Numbers for a kernel, whatever the process has as default type and device. Large ones cannot be resized."""
     if 4 * math.prod(shape) < LARGE:
         return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
     layout = torch.empty(shape, dtype=torch.float32, device="meta", memory_format=memory_format)
@@ -46,7 +46,8 @@ class Reserve:
         return array
 
     def keep(self, memory: mmap.mmap) -> None:
-        self.held.append(memory)
+        if len(memory) <= MOST_HELD:
+            self.held.append(memory)
         while sum(map(len, self.held)) > MOST_HELD:
             del self.held[:1]  # which raises nothing where another thread was first
 

@@ -146,7 +146,7 @@ static void step(const move *m, float *room) {
     product(tall, 1, tall, gram, 1);
     double square = 0; /* of the norm, which the gram matrix is divided by here, and the direction when it is taken */
     for (size r = 0; r < n; r++) square += *place(gram, r, r);
-    float scale = 1 / (sqrt(square) + 1e-7); /* with it no singular value is above 1 */
+    float scale = isfinite(square) ? 1 / (sqrt(square) + 1e-7) : NAN; /* with it no singular value is above 1 */
     for (size at = 0; at < volume(n, n); at += V) store(gram.at + at, load(gram.at + at) * scale * scale);
     whole_factor(gram, whole, one, other);
     if (wide)

@@ -1,5 +1,6 @@
-/* 1x1 convolutions and their gradients: products of matrices in float32, whose rows are the N places of all pictures, channels
-   last. Each row is the same whatever the others and the threads. The reference is torch's own convolution. */
+/* 1x1 convolutions and their gradients: products of matrices in float32, whose rows are the N places of all pictures,
+   channels last. What comes of a place is the same whatever the others, and all of it with any number of threads.
+   The reference is torch's own convolution. */
 
 #include <string.h>
 
@@ -49,7 +50,7 @@ void pointwise_convolve(const float *features, const float *weight, const float 
         multiply_rows(features, room, 1, bias, in, filled, result, first, least(places, first + BLOCK), room + in * filled);
 }
 
-/* The gradient (N, C) of features from that of the result (N, O): C is a multiple of V. */
+/* The gradient (N, C) of features from that of the result (N, O), C a multiple of V. */
 void pointwise_to_features(const float *towards, const float *weight, float *result, size places, size in, size out,
                            float *room, size threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -57,7 +58,7 @@ void pointwise_to_features(const float *towards, const float *weight, float *res
         multiply_rows(towards, weight, 0, 0, out, in, result, first, least(places, first + BLOCK), room);
 }
 
-/* The gradient (O, C) of a weight: C is a multiple of V, O of ROWS. */
+/* The gradient (O, C) of a weight, C and O multiples of V. */
 void pointwise_to_weight(const float *features, const float *towards, float *result, size places, size in, size out,
                          size threads) {
 #pragma omp parallel num_threads(threads)

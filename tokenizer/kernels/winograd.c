@@ -1,4 +1,4 @@
-/* 3x3 convolutions with padding 1 by Winograd's minimal filtering, F(4x4, 3x3), and the gradients of their kernels.
+/* 3x3 convolutions by Winograd's minimal filtering, F(4x4, 3x3), and the gradients of their kernels.
 
    A picture is cut into tiles that overlap. Of each tile n x n numbers a channel are taken, linear in its pixels, and as
    many of the kernel; their products, summed over the channels, give 4 x 4 pixels of the result, linear again. With
@@ -18,7 +18,8 @@
 
 enum { TILES = 44 }; /* of a block: a power of two would let its numbers meet in the same places of the cache */
 
-/* What becomes of a picture's: doubled before, or halved, so that pixel i comes of those at 2 i, 2 i + 1 and 2 i + 2. */
+/* What becomes of the sides of a picture: they are kept, with a padding of 1, doubled before, or halved, so that pixel i
+   comes of those at 2 i, 2 i + 1 and 2 i + 2. */
 typedef enum { KEPT, DOUBLED, HALVED } sides;
 
 /* Pictures, and how they are cut. C and O are filled up with 0 to whole vectors. */
@@ -35,9 +36,8 @@ INLINE size across(const shape *s) { return (after(s->sides, s->width) + 3) / 4;
 INLINE size down(const shape *s) { return (after(s->sides, s->height) + 3) / 4; }
 INLINE size all_tiles(const shape *s) { return s->pictures * down(s) * across(s); }
 
-/* Parts of a tile of which numbers are taken one by one: all of it, or those of every other row and column. A part has no
-   last number along an axis where it begins with the second row or column: of the four, those that have a number stand
-   together. */
+/* Parts of a tile, of each of which numbers are taken by itself: all of it, or four, of every other row and column. A part
+   that begins with the second row or column has no last number along that axis: those that have one stand together. */
 INLINE size parts(sides k) { return k == HALVED ? 4 : 1; }
 INLINE size lower(sides k, size part) { return k == HALVED && part > 1; }
 INLINE size right(sides k, size part) { return k == HALVED && (part == 0 || part == 3); }
@@ -294,7 +294,7 @@ size winograd_tiles(void) { return TILES; }
 
 /* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it:
    for each of the n * n numbers (C, O) in panels, C once for each part that has it, filled up with 0 to whole vectors. It
-   may be `turned` over. */
+   may be `turned` over where sides are kept. */
 void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned,
                    float *kernel) {
     sides k = s->sides;

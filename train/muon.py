@@ -103,8 +103,9 @@ def is_for_kernel(weight: Tensor, gradient: Tensor, momentum: Tensor) -> bool:
     return (
         LIBRARY is not None
         and weight.numel() > 0
-        and all(tensor.shape == weight.shape and tensor.dtype == torch.float32 for tensor in given)
-        and any(all(tensor.is_contiguous(memory_format=order) for tensor in given) for order in ORDERS)
+        and weight.shape == gradient.shape == momentum.shape
+        and weight.dtype == gradient.dtype == momentum.dtype == torch.float32
+        and any(all(each.is_contiguous(memory_format=order) for each in given) for order in ORDERS)
         and are_plain(*given)
     )
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tokenizer import kernels, normalisation, pointwise, processor, winograd
+from tokenizer import attention, kernels, normalisation, pointwise, processor, winograd
 from tokenizer.kernels.memory import WORKSPACE
 from tokenizer.products import ONEDNN_LINEAR, product
 
@@ -27,6 +27,7 @@ UNTOUCHED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.e
 COUNTS = flop_registry | {
     ONEDNN_LINEAR: lambda left, weight, *_, **__: 2 * left.numel() * len(weight),
 }
+ATTENTION_PRODUCTS = {"attention": 2, "attention_gradients": 5}
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,6 +64,9 @@ class Work(TorchDispatchMode):
         elif kernel in ("pointwise_convolve", "pointwise_to_features", "pointwise_to_weight"):
             places, channels, out_channels, *_ = (each for each in given if isinstance(each, int))
             self.operations[torch.float32] += 2 * places * channels * out_channels
+        elif kernel in ATTENTION_PRODUCTS:
+            pictures, places, channels, *_ = (each for each in given if isinstance(each, int))
+            self.operations[torch.float32] += 2 * ATTENTION_PRODUCTS[kernel] * pictures * places**2 * channels
         held = WORKSPACE.of(0).untyped_storage().data_ptr()
         tensors = (each for each in given if isinstance(each, Tensor))
         self.bytes += sum(each.nbytes for each in tensors if each.untyped_storage().data_ptr() != held)
@@ -73,7 +77,7 @@ def work_of(call: Callable[[], object]) -> Work:
     """What one call does."""
     with Work() as work, ExitStack() as changed:
         changed.enter_context(patch.object(processor, "is_watched", lambda: False))  # else no kernel would run
-        for module in (winograd, pointwise, normalisation):
+        for module in (attention, winograd, pointwise, normalisation):
             changed.enter_context(patch.object(module, "run", work.run))
         call()
     return work

@@ -12,7 +12,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from tokenizer import ImageTokenizer, pointwise, winograd
+from tokenizer import ImageTokenizer, attention, pointwise, winograd
 from train.checkpoint import RunFolder
 from train.config import parse
 from train.data import Batch, training_batches
@@ -223,7 +223,10 @@ class Peer(nn.Module):
         def step() -> None:
             images = (crops.float() / 255 * 2 - 1).to(memory_format=self.layout)
             in_bfloat16 = torch.autocast(crops.device.type, torch.bfloat16, enabled=self.bfloat16)
-            with patch.object(winograd, "LIBRARY", None), patch.object(pointwise, "LIBRARY", None), in_bfloat16:
+            with ExitStack() as changed:
+                for module in (attention, pointwise, winograd):
+                    changed.enter_context(patch.object(module, "LIBRARY", None))  # PyTorch's own instead
+                changed.enter_context(in_bfloat16)
                 codes, _, commitment = self.quantizer(self.autoencoder.encoder(images))
                 loss = F.mse_loss(self.autoencoder.decoder(codes).float(), images) + commitment.sum()
             self.optimizer.zero_grad()

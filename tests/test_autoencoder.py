@@ -12,13 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer import ImageTokenizer, TokenizerConfig
+from tokenizer.attention import PLAIN_PLACES
 from tokenizer.autoencoder import (
-    PLAIN_POSITIONS,
     AttentionBlock,
     ClassShift,
     ConvolutionalAutoencoder,
     ResidualBlock,
-    attend,
 )
 from tokenizer.kernels import LIBRARY
 from tokenizer.winograd import WinogradConv2d
@@ -113,22 +112,8 @@ def test_without_gradients_a_block_gives_the_same_and_leaves_its_input_as_it_was
     assert torch.equal(features, before)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("positions", [1, 6, PLAIN_POSITIONS + 1])
-def test_attention_and_its_gradients_are_those_in_float64_up_to_rounding(positions, dtype, tolerance):
-    torch.manual_seed(0)
-    rounded = [torch.randn(2, 8, positions, dtype=dtype).mT.requires_grad_() for _ in range(3)]
-    exact = [each.detach().double().requires_grad_() for each in rounded]
-    query, key, value = exact
-    expected, found = (query @ key.mT / 8**0.5).softmax(dim=2) @ value, attend(*rounded)
-    towards = torch.randn_like(found)
-    gradients = torch.autograd.grad(found, rounded, towards), torch.autograd.grad(expected, exact, towards.double())
-    for mine, reference in [(found, expected), *zip(*gradients, strict=True)]:
-        torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance)
-
-
 def test_attention_over_many_places_never_holds_their_pairs():
-    block, side = AttentionBlock(8, norm_groups=4), math.isqrt(PLAIN_POSITIONS) + 8
+    block, side = AttentionBlock(8, norm_groups=4), math.isqrt(PLAIN_PLACES) + 8
     features = torch.randn(1, 8, side, side)
     with torch.no_grad(), LargestTensor() as largest:
         block(features)

@@ -14,14 +14,13 @@ from itertools import repeat
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules import module
 
+from .attention import attend
 from .normalisation import activated, group_norm
 from .pointwise import PointwiseConv2d
 from .winograd import Sides, WinogradConv2d
 
-PLAIN_POSITIONS = 1024  # up to which a CPU attends by plain products
 POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
 
 
@@ -126,19 +125,6 @@ class AttentionBlock(nn.Module):
         )
         attended = attend(query, key, value)
         return features + self.project(attended.transpose(1, 2).reshape(features.shape))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of one head, each (B, n, channels).
-
-    Fused attention, which never holds the n * n scores, wants the channels of a place together. On a CPU plain products
-    are as fast for few places, faster where gradients follow, and in bfloat16, which it computes at float32's rate.
-    """
-    if query.device.type == "cpu" and query.shape[1] <= PLAIN_POSITIONS:
-        scores = torch.bmm(query * query.shape[2] ** -0.5, key.mT)
-        return torch.bmm(scores.softmax(dim=2), value)
-    parts = (part.contiguous()[:, None] for part in (query, key, value))
-    return F.scaled_dot_product_attention(*parts).squeeze(1)
 
 
 class Downsample(nn.Module):

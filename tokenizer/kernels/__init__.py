@@ -15,6 +15,8 @@ from torch import Tensor
 INTERFACE = 3  # of vectors.c, raised where what kernels are called with changes
 COUNTS = (
     "lanes",
+    "attention_gradients_room",
+    "attention_room",
     "decoding_room",
     "muon_room",
     "norm_room",

@@ -11,18 +11,6 @@ enum {
     DEPTH = 128, /* places at a time, that stay there while a weight's gradient grows */
 };
 
-/* A weight (O, C) to panels of (C, O), for `filled` columns: those beyond O are 0. */
-INLINE void pack(const float *weight, size in, size out, size filled, float *packed) {
-    for (size o = 0; o < filled; o += V) {
-        size panel = o / (COLUMNS * V) * (COLUMNS * V), wide = least(COLUMNS * V, filled - panel);
-        float *to = packed + panel * in + o - panel;
-        size blocks = o + V <= out ? in / V * V : 0;
-        for (size c = 0; c < blocks; c += V) turn_block(weight + o * in + c, in, to + c * wide, wide);
-        for (size c = blocks; c < in; c++)
-            for (size lane = 0; lane < V; lane++) to[c * wide + lane] = o + lane < out ? weight[(o + lane) * in + c] : 0;
-    }
-}
-
 /* Rows first ... last - 1 of left (N, depth) by right, on top of `bias` or 0. A last few go by the room, as ROWS go at once. */
 INLINE void multiply_rows(const float *left, const float *right, int packed, const float *bias, size depth, size columns,
                           float *result, size first, size last, float *room) {
@@ -44,7 +32,7 @@ size pointwise_room(size in, size out) { return in * out + ROWS * (in + out); }
 /* Features (N, C) by a weight (O, C) to (N, filled), and a bias of as many added. */
 void pointwise_convolve(const float *features, const float *weight, const float *bias, float *result, size places,
                         size in, size out, size filled, float *room, size threads) {
-    pack(weight, in, out, filled, room);
+    turn_into_panels(weight, in, out, filled, room);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size first = 0; first < places; first += BLOCK)
         multiply_rows(features, room, 1, bias, in, filled, result, first, least(places, first + BLOCK), room + in * filled);

@@ -52,3 +52,15 @@ INLINE void multiply_all(const float *left, size row, size next, const float *ri
                           wide);
     }
 }
+
+/* A matrix (out, in) turned over to (in, out) in panels, for `filled` columns: those beyond `out` are 0. */
+INLINE void turn_into_panels(const float *matrix, size in, size out, size filled, float *packed) {
+    for (size o = 0; o < filled; o += V) {
+        size panel = o / (COLUMNS * V) * (COLUMNS * V), wide = least(COLUMNS * V, filled - panel);
+        float *to = packed + panel * in + o - panel;
+        size blocks = o + V <= out ? in / V * V : 0;
+        for (size c = 0; c < blocks; c += V) turn_block(matrix + o * in + c, in, to + c * wide, wide);
+        for (size c = blocks; c < in; c++)
+            for (size lane = 0; lane < V; lane++) to[c * wide + lane] = o + lane < out ? matrix[(o + lane) * in + c] : 0;
+    }
+}

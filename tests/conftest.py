@@ -25,7 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
-from tokenizer import ImageTokenizer, TokenizerConfig, image_model, processor
+from tokenizer import ImageTokenizer, TokenizerConfig, image_model
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("without_deadline", deadline=None)  # a slow machine breaks no promise
@@ -113,9 +113,8 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def with_bfloat16(monkeypatch):
-    """The fast mode and autocast are tested as on a processor where bfloat16 is faster, wherever this is."""
-    for module in (image_model, processor):
-        monkeypatch.setattr(module, "bfloat16_is_faster", lambda: True)
+    """The fast mode is tested as on a processor where bfloat16 is faster, wherever this is."""
+    monkeypatch.setattr(image_model, "bfloat16_is_faster", lambda: True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, image_model
+from tokenizer import ImageTokenizer, ImageVAE, TokenizerConfig, image_model, processor
 
 ANY_SIZE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EVERY_BLOCK = TINY_AUTOENCODER | {"attention_levels": [1], "middle_attention": True, "dropout": 0.5}
@@ -250,8 +250,8 @@ def assert_search_in_float32(tokenizer: ImageTokenizer) -> None:
     assert torch.equal(output.reconstructions.clamp(0, 1), tokenizer.decode(tokens))
 
 
-@pytest.mark.usefixtures("with_bfloat16")
-def test_under_bfloat16_autocast_codes_and_search_stay_float32(tokenizer):
+def test_under_bfloat16_autocast_codes_and_search_stay_float32(tokenizer, monkeypatch):
+    monkeypatch.setattr(processor, "bfloat16_is_faster", lambda: True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_search_in_float32(tokenizer)
 

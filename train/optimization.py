@@ -67,7 +67,7 @@ class Trainee:
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:
-        """All that may learn, as they are once it has been prepared; gathering them takes as long as clipping."""
+        """All that may learn, as they are once it has been prepared: gathered once, not at every step."""
         return list(self.network.parameters())
 
     def groups(self) -> list[dict[str, Any]]:

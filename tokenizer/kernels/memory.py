@@ -1,7 +1,7 @@
 """Memory for what kernels compute, and for what lies between their steps.
 
-New memory is cleared by the system, page by page, which takes as long as reading a large result: so what large results
-leave behind is kept for the next ones.
+New memory is cleared by the system, page by page, before a large result can be written: so what large results leave
+behind is kept for the next ones.
 """
 
 import ctypes

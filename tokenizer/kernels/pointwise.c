@@ -11,7 +11,8 @@ enum {
     DEPTH = 128, /* places at a time, that stay there while a weight's gradient grows */
 };
 
-/* Rows first ... last - 1 of left (N, depth) by right, on top of `bias` or 0. A last few go by the room, as ROWS go at once. */
+/* Rows first ... last - 1 of left (N, depth) by right, on top of `bias` or 0. A last few go by the room, as ROWS go at
+   once. */
 INLINE void multiply_rows(const float *left, const float *right, int packed, const float *bias, size depth, size columns,
                           float *result, size first, size last, float *room) {
     size rest = (last - first) % ROWS, whole = last - rest;

@@ -1,4 +1,5 @@
-/* Products of matrices in float32, for small ones that another step of a kernel has just written. */
+/* Products of matrices in float32, for small ones that another step of a kernel has just written. decoding.c has its own,
+   which has words of two bfloat16 and prefetches. */
 
 #include "vectors.h"
 

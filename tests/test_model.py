@@ -269,8 +269,9 @@ def test_forward_and_the_inner_methods_compile_into_one_graph_each():
         torch.compile(method, fullgraph=True, backend="eager")
         for method in (tokenizer, tokenizer.encode_latents, tokenizer.decode_latents)
     )
-    assert torch.equal(forward(images).tokens, expected.tokens)
-    torch.testing.assert_close(forward(images).reconstructions, expected.reconstructions)
+    found, codebook = forward(images), tokenizer.quantizer.codebook
+    torch.testing.assert_close(codebook[found.tokens], codebook[expected.tokens])  # two codes may lie on one latent
+    torch.testing.assert_close(found.reconstructions, expected.reconstructions)
     torch.testing.assert_close(encode_latents(images), latents)
     torch.testing.assert_close(decode_latents(latents), tokenizer.decode_latents(latents))
 

@@ -174,7 +174,7 @@ def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, t
     assert best["step"] < 40
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("best_*")]
     assert kept == [f"best_{best['step']}.safetensors"]
-    assert "overfitting at step 40" in caplog.text
+    assert "overfitting at step" in caplog.text
     assert f"the best, {best['bits_per_token']:.3f} at step {best['step']}, is what is kept" in caplog.text
     prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
     rows = TokenStore.open(made / "tokens").rows("validation")[:]

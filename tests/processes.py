@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,13 @@ TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 
 def run(arguments: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     variables = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
     return subprocess.run(arguments, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def printed_by_lesser(script: str) -> list[float]:
+    """The numbers that a script prints where PyTorch and the kernels are those of a processor without AVX-512."""
+    done = run([sys.executable, "-c", script], PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY="avx2")
+    assert done.returncode == 0, done.stderr
+    return list(map(float, done.stdout.split()))
 
 
 def interrupt(arguments: list[str], send: int, at: str) -> tuple[int, str]:

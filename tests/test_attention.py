@@ -1,14 +1,12 @@
 """Attention of one head beside float64, its gradients, and when it is by the kernel."""
 
 import math
-import os
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import run
+from processes import printed_by_lesser
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -181,9 +179,7 @@ print(*(((one - other).norm() / other.norm()).item() for one, other in zip(ours,
 
 @BUILT
 def test_the_kernel_for_lesser_processors_is_as_exact():
-    done = run([sys.executable, "-c", LESSER], PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY="avx2")
-    assert done.returncode == 0, done.stderr
-    errors = list(map(float, done.stdout.split()))
+    errors = printed_by_lesser(LESSER)
     assert len(errors) == 4
     assert max(errors) < 2e-6
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .kernels import LANES, LIBRARY, run
 from .kernels.memory import WORKSPACE, empty
 from .processor import are_plain, is_in_float32, wants_gradient
-from .reference import gradients_by
+from .reference import gradients_by, is_for_reference
 
 PLAIN_PLACES = 1024  # up to which a CPU attends by plain products
 
@@ -60,7 +60,7 @@ class Attention(Function):
 
     @staticmethod
     def backward(ctx, towards):
-        if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
+        if is_for_reference(towards):
             return tuple(gradients_by(plainly, ctx.saved_tensors, ctx.needs_input_grad, towards))
         return gradients_by_kernel(*ctx.saved_tensors, towards)
 

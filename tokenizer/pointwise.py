@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, LIBRARY, filled, run
+from .kernels import LANES, LIBRARY, filled, filled_up, run
 from .kernels.memory import WORKSPACE, empty
 from .processor import are_plain, is_in_float32, wants_gradient
-from .reference import gradients_by
+from .reference import gradients_by, is_for_reference
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -55,7 +55,7 @@ class Pointwise(Function):
     @staticmethod
     def backward(ctx, towards):
         wanted, (features, weight, _) = ctx.needs_input_grad, ctx.saved_tensors
-        if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
+        if is_for_reference(towards):
             return tuple(gradients_by(F.conv2d, ctx.saved_tensors, wanted, towards))
         if features.shape[1] % LANES or weight.shape[0] % LANES:  # by PyTorch's own, which take any number
             given = towards, features, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
@@ -75,7 +75,7 @@ def convolve(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     missing = columns - out_channels
     result = empty(batch, columns, height, width, memory_format=torch.channels_last)
     if bias is not None:
-        bias = (F.pad(bias, (0, missing)) if missing else bias).contiguous()
+        bias = filled_up(bias, missing)
     sizes = batch * height * width, channels, out_channels
     room = WORKSPACE.of(run("pointwise_room", channels, columns))
     given = features, weight.contiguous(), bias, result, *sizes, columns, room
@@ -89,7 +89,7 @@ def to_features(towards: Tensor, weight: Tensor) -> Tensor:
     (batch, out_channels, height, width), channels = towards.shape, weight.shape[1]
     result = empty(batch, channels, height, width, memory_format=torch.channels_last)
     sizes = batch * height * width, channels, out_channels
-    room = WORKSPACE.of(run("pointwise_room", channels, out_channels))
+    room = WORKSPACE.of(run("pointwise_rest", channels, out_channels))
     run("pointwise_to_features", towards, weight.contiguous(), result, *sizes, room, torch.get_num_threads())
     return result
 

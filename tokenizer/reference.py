@@ -5,6 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .processor import are_plain
+
+
+def is_for_reference(towards: Tensor) -> bool:
+    """Whether gradients of gradients are wanted, or many at once: no kernel gives those."""
+    return torch.is_grad_enabled() or not are_plain(towards)
+
 
 def gradients_by(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], towards: Tensor

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .kernels import LANES, LIBRARY, filled, run
+from .kernels import LANES, LIBRARY, filled, filled_up, run
 from .kernels.memory import WORKSPACE, Workspace, empty
 from .processor import are_plain, is_in_float32, wants_gradient
-from .reference import gradients_by
+from .reference import gradients_by, is_for_reference
 
 FEWEST_TILES = 16  # of a batch: with fewer, reading what is taken of the kernel takes as long as all the products
 FEWEST_OF_THREAD = 8  # tiles, of all pictures
@@ -158,7 +158,7 @@ class ByTiles(Function):
     @staticmethod
     def backward(ctx, towards):
         wanted, (features, weight, _) = ctx.needs_input_grad[:3], ctx.saved_tensors
-        if torch.is_grad_enabled() or not are_plain(towards):  # gradients of gradients, or many at once
+        if is_for_reference(towards):
             return *gradients_by(partial(convolution, sides=ctx.sides), ctx.saved_tensors, wanted, towards), None
         if ctx.sides == Sides.HALVED:  # by PyTorch's own, which need not convolve once more as those of any function
             padded = F.pad(towards, (1, 0, 1, 0))  # what `convolution` leaves out
@@ -219,8 +219,7 @@ TILES = run("winograd_tiles") if LIBRARY else 0  # of a block
 
 def laid_out(features: Tensor) -> Tensor:
     """Features (B, C, H, W) as the kernels want them: (B, H, W, C) without gaps, C filled up to whole vectors."""
-    features, missing = features.permute(0, 2, 3, 1), -features.shape[1] % LANES
-    return (F.pad(features, (0, missing)) if missing else features).contiguous()
+    return filled_up(features.permute(0, 2, 3, 1), -features.shape[1] % LANES)
 
 
 def pack(weight: Tensor, sides: Sides = Sides.KEPT, turned: bool = False, into: Workspace | None = None) -> Tensor:
@@ -250,7 +249,7 @@ def convolve(
     added = None if added is None else laid_out(added.expand(size))
     missing = shape.out_channels - out_channels
     if bias is not None:
-        bias = (F.pad(bias, (0, missing)) if missing else bias).contiguous()
+        bias = filled_up(bias, missing)
     room = WORKSPACE.of(threads * shape.room)
     run("winograd_convolve", shape, features, packed, bias, added, result, room, threads)
     return result[:, :out_channels].contiguous(memory_format=torch.channels_last) if missing else result

@@ -11,15 +11,18 @@ from warnings import warn
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-INTERFACE = 3  # of vectors.c, raised where what kernels are called with changes
+INTERFACE = 4  # of vectors.c, raised where what kernels are called with changes
 COUNTS = (
     "lanes",
     "attention_gradients_room",
     "attention_room",
     "decoding_room",
     "muon_room",
+    "norm_gradients_room",
     "norm_room",
+    "pointwise_rest",
     "pointwise_room",
     "winograd_numbers",
     "winograd_room",
@@ -66,3 +69,8 @@ def as_argument(value: Tensor | ctypes.Structure | int | float | None) -> object
 def filled(count: int, unit: int) -> int:
     """The next multiple of the unit."""
     return -(-count // unit) * unit
+
+
+def filled_up(tensor: Tensor, missing: int) -> Tensor:
+    """With so many zeros after what is last along the last axis, and without gaps."""
+    return (F.pad(tensor, (0, missing)) if missing else tensor).contiguous()

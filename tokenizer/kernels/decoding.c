@@ -38,13 +38,12 @@ typedef struct {
 
 INLINE size filled(size count, size unit) { return (count + unit - 1) / unit * unit; }
 INLINE size width_of(const shape *s) { return s->heads * s->head_width; }
-INLINE size larger(size one, size other) { return one > other ? one : other; }
 INLINE size matrix(const shape *s, size in, size out) { return filled(out, PANEL) * (in >> s->halves); }
 
 /* The first so many of the values, and of the others after them; GCC compares such vectors number by number. */
 INLINE vector first_of(size count, vector values, vector others) {
     static const int32_t masks[2 * V] = {[0 ... V - 1] = -1};
-    integers mask = *(const integers *)(masks + V - (count < V ? count : V));
+    integers mask = *(const integers *)(masks + V - least(count, V));
     return (vector)(((integers)values & mask) | ((integers)others & ~mask));
 }
 
@@ -128,7 +127,7 @@ INLINE void product(const shape *s, size halves, const float *left, const float 
 #pragma omp for collapse(2)
     for (size c = 0; c < apart; c += PANEL)
         for (size first = 0; first < s->batch; first += TASK) {
-            size last = first + TASK < s->batch ? first + TASK : s->batch;
+            size last = least(first + TASK, s->batch);
             const float *panel = right + c * depth;
             for (size r = first; r < last; r += ROWS) {
                 const float *from = left + r * depth;

@@ -29,7 +29,6 @@ typedef struct {
     size rows, columns;
 } matrix;
 
-INLINE size larger(size a, size b) { return a > b ? a : b; }
 INLINE size filled(size count, size unit) { return (count + unit - 1) / unit * unit; }
 INLINE size volume(size rows, size columns) { return filled(rows, V) * filled(columns, PANEL); }
 

@@ -27,8 +27,11 @@ INLINE void multiply_rows(const float *left, const float *right, int packed, con
     memcpy(result + whole * columns, sums, rest * columns * sizeof(float));
 }
 
-/* Floats that lie between the steps, of O filled up to whole vectors. */
-size pointwise_room(size in, size out) { return in * out + ROWS * (in + out); }
+/* Floats that a last few rows take, in and out. */
+size pointwise_rest(size in, size out) { return ROWS * (in + out); }
+
+/* And with the weight turned over, of O filled up to whole vectors. */
+size pointwise_room(size in, size out) { return in * out + pointwise_rest(in, out); }
 
 /* Features (N, C) by a weight (O, C) to (N, filled), and a bias of as many added. */
 void pointwise_convolve(const float *features, const float *weight, const float *bias, float *result, size places,

@@ -45,7 +45,7 @@ INLINE void multiply_wide(const float *left, size row, size next, const float *r
 INLINE void multiply_all(const float *left, size row, size next, const float *right, int packed, size depth, float *sums,
                          int on_top, size rows, size columns) {
     for (size c = 0; c < columns; c += COLUMNS * V) {
-        size wide = columns - c < COLUMNS * V ? (columns - c) / V : COLUMNS;
+        size wide = least((columns - c) / V, COLUMNS);
         const float *panel = right + (packed ? c * depth : c);
         size beyond = packed ? wide * V : columns;
         for (size r = 0; r < rows; r += ROWS)

@@ -33,6 +33,7 @@ INLINE void put(float *to, vector values, int much) {
 }
 
 INLINE size least(size a, size b) { return a < b ? a : b; }
+INLINE size larger(size a, size b) { return a > b ? a : b; }
 
 INLINE vector all(float value) { return (vector){0} + value; }
 

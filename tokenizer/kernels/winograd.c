@@ -234,7 +234,7 @@ INLINE void give_tile(const shape *s, sides k, const float *sums, const float *b
     size n = numbers(k), place = tile % (down(s) * across(s)), beyond = of_sums(s);
     size height = after(k, s->height), width = after(k, s->width);
     size top = place / across(s) * 4, left = place % across(s) * 4;
-    size tall = height - top < 4 ? height - top : 4, wide = width - left < 4 ? width - left : 4;
+    size tall = least(4, height - top), wide = least(4, width - left);
     int much = is_much(s->pictures * height * width * s->out);
     size corner = ((tile / (down(s) * across(s)) * height + top) * width + left) * s->out;
     for (size c = 0; c < s->out; c += V) {
@@ -303,7 +303,7 @@ void winograd_pack(const shape *s, const float *weight, size in, size out, const
     for (size panel = 0; panel < s->out; panel += COLUMNS * V)
         for (size part = 0; part < parts(k); part++)
             for (size c = 0; c < s->in; c++) {
-                size wide = s->out - panel < COLUMNS * V ? s->out - panel : COLUMNS * V;
+                size wide = least(s->out - panel, COLUMNS * V);
                 for (size o = panel; o < panel + wide; o += V) {
                     vector row[6][6] = {0}, mapped[6][6];
                     for (size y = lower(k, part); y < 3; y += by)
@@ -335,7 +335,7 @@ void winograd_convolve(const shape *s, const float *features, const float *kerne
     size block = each < TILES ? (each + ROWS - 1) / ROWS * ROWS : TILES;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size first = 0; first < tiles; first += block) {
-        size last = first + block < tiles ? first + block : tiles;
+        size last = least(first + block, tiles);
         float *room = rooms + omp_get_thread_num() * winograd_room(s);
         switch (s->sides) { /* each with its own number of everything */
         case KEPT: convolve_block(s, KEPT, features, kernel, bias, added, result, first, last, room); break;
@@ -354,10 +354,10 @@ void winograd_weight_gradient(const shape *s, const float *features, const float
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size thread = 0; thread < threads; thread++) {
         float *sums = gradients + thread * held, *room = rooms + thread * winograd_room(s);
-        size end = (thread + 1) * each < tiles ? (thread + 1) * each : tiles;
+        size end = least((thread + 1) * each, tiles);
         memset(sums, 0, held * sizeof(float));
         for (size first = thread * each; first < end; first += TILES) {
-            size last = first + TILES < end ? first + TILES : end;
+            size last = least(first + TILES, end);
             if (s->sides == DOUBLED)
                 gradient_block(s, DOUBLED, features, towards, first, last, sums, room);
             else

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from tokenizer import attention, kernels, normalisation, pointwise, processor, winograd
 from tokenizer.kernels.memory import WORKSPACE
+from tokenizer.processor import multiplies_bfloat16
 from tokenizer.products import ONEDNN_LINEAR, product
 
 PRODUCT = 2048  # rows and columns of the matrices
@@ -71,6 +72,11 @@ class Work(TorchDispatchMode):
         tensors = (each for each in given if isinstance(each, Tensor))
         self.bytes += sum(each.nbytes for each in tensors if each.untyped_storage().data_ptr() != held)
         return kernels.run(kernel, *given)
+
+
+def dtypes_on(device: str | torch.device) -> list[str]:
+    """What is worth measuring there, by name: a CPU without instructions for bfloat16 takes minutes for a picture."""
+    return list(DTYPES) if torch.device(device).type != "cpu" or multiplies_bfloat16() else ["float32"]
 
 
 def work_of(call: Callable[[], object]) -> Work:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from labelled_images import content_hash, validation_pictures
-from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
-from stopwatch import check_device, four
+from recording import ROOT, command_line, num_parameters, public_settings, refusals, tell
+from stopwatch import check_device, four, record_speed
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
@@ -60,7 +60,7 @@ def main(config: AgreementRun, root: Path = ROOT) -> None:
         rows.append({"tokenizer": Path(name).name, **row_of(tokenizer, photographs)})
     settings = public_settings(config)
     command = command_line("speed", "agreement", settings, public_settings(AgreementRun()), ("tokenizers", "data"))
-    record("speed_agreement", {"command": command, "settings": settings, "rows": rows}, root)
+    record_speed("agreement", {"command": command, "settings": settings, "rows": rows}, root)
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 A VQModel with random weights is saved as diffusers saves it and read by `ImageTokenizer.from_diffusers`. From uint8
 images to tokens and from tokens to images in [0, 1], in float32, in the fast mode and in bfloat16 throughout. The peer
 is measured as its documentation shows it, in channels_last, with bfloat16 besides and compiled besides: its best of all
-is what the two faster modes are held against. Floors of arithmetic and memory stand beside each, by rates of the same
-rounds. Shapes: B batch, S image side.
+is what the two faster modes are held against. On a CPU without instructions for bfloat16 all that is in it is left out.
+Floors of arithmetic and memory stand beside each, by rates of the same rounds. Shapes: B batch, S image side.
 """
 
 import tempfile
@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from diffusers import VQModel
 from diffusers_peer import DiffusersTokenizer
-from floors import floors, machine_calls, machine_rates, work_of
-from recording import ROOT, command_line, num_parameters, record, tell
-from stopwatch import DeviceRun, four, interleaved, peak_memory, speedup, spread
+from floors import dtypes_on, floors, machine_calls, machine_rates, work_of
+from recording import ROOT, command_line, num_parameters, tell
+from stopwatch import DeviceRun, four, interleaved, peak_memory, record_speed, speedup, spread
 from torch import Tensor, nn
 
 from tokenizer import ImageTokenizer
 from tokenizer.winograd import WinogradConv2d
 from train.cpu import keep_freed_memory
 from train.settings import at_least_one, require
-
-OURS = ("ours", "ours, fast", "ours, bfloat16")
 
 Calls = dict[str, Callable[[], Tensor]]
 
@@ -97,21 +95,24 @@ def main(config: CodecRun, root: Path = ROOT) -> None:
         torch.manual_seed(config.seed)
         rows.append({"model": name, **row_of(ARCHITECTURES[name], config)})
     command = command_line("speed", "codec", asdict(config), asdict(CodecRun()), ())
-    name = "speed_codec_kept_memory" if config.keep_memory else "speed_codec"
-    record(name, {"command": command, "settings": asdict(config), "rows": rows}, root)
+    part = "codec_kept_memory" if config.keep_memory else "codec"
+    record_speed(part, {"command": command, "settings": asdict(config), "rows": rows}, root)
 
 
 def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
     """Everything measured of one model."""
     size = architecture.image_size
     batch = max(1, config.max_pixels // size**2)
+    in_bfloat16 = "bfloat16" in dtypes_on(config.device)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=config.device)
     with tempfile.TemporaryDirectory() as folder:
         architecture.vq_model().save_pretrained(folder)
         ours, fast, bfloat16 = (
             ImageTokenizer.from_diffusers(folder, pixel_range=(0, 1)).to(config.device) for _ in range(3)
         )
-        modes = dict(zip(OURS, (ours, fast.fast(), bfloat16.bfloat16()), strict=True))
+        modes = {"ours": ours, "ours, fast": fast.fast()}
+        if in_bfloat16:
+            modes["ours, bfloat16"] = bfloat16.bfloat16()
         plain, laid_out = (
             DiffusersTokenizer(folder).to(config.device, memory_format=layout)
             for layout in (torch.contiguous_format, torch.channels_last)
@@ -121,11 +122,13 @@ def row_of(architecture: Architecture, config: CodecRun) -> dict[str, Any]:
     for part, given in {"encode": images, "decode": tokens}.items():
         calls: Calls = {name: partial(getattr(mode, part), given) for name, mode in modes.items()}
         parts[part], best = calls, getattr(laid_out, part)
-        calls["diffusers"] = lambda part=part, given=given: getattr(plain, part)(given)
-        calls["diffusers, channels_last"] = lambda best=best, given=given: best(given)
-        calls["diffusers, bfloat16"] = in_bfloat16(best, given)
+        calls["diffusers"] = called(getattr(plain, part), given)
+        calls["diffusers, channels_last"] = called(best, given)
+        if in_bfloat16:
+            calls["diffusers, bfloat16"] = called(best, given, in_bfloat16)
         if config.compiled:
-            calls["diffusers, bfloat16, compiled"] = in_bfloat16(torch.compile(best), given)
+            name = "diffusers, bfloat16, compiled" if in_bfloat16 else "diffusers, compiled"
+            calls[name] = called(torch.compile(best), given, in_bfloat16)
     with torch.no_grad():
         differing = (plain.encode(images) != tokens).float().mean(), plain.decode(tokens) - ours.decode(tokens)
     return {
@@ -145,14 +148,14 @@ def second_kernels(model: nn.Module) -> int:
     return sum(held[0].nbytes for held in packed if held is not None)
 
 
-def in_bfloat16(call: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], Tensor]:
-    """The call under autocast."""
+def called(call: Callable[[Tensor], Tensor], given: Tensor, in_bfloat16: bool = False) -> Callable[[], Tensor]:
+    """The call, under autocast or not."""
 
-    def called() -> Tensor:
-        with torch.autocast(given.device.type, torch.bfloat16):
+    def bound() -> Tensor:
+        with torch.autocast(given.device.type, torch.bfloat16, enabled=in_bfloat16):
             return call(given)
 
-    return called
+    return bound
 
 
 def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
@@ -164,19 +167,19 @@ def compared(calls: Calls, batch: int, config: CodecRun) -> dict[str, Any]:
         name: {"images_per_second": spread([batch / each for each in seconds[name]]), "peak_memory": memory[name]}
         for name in calls
     }
-    for name in (*OURS, "diffusers"):
+    for name in (name for name in calls if name.startswith("ours") or name == "diffusers"):
         work = work_of(calls[name])
         figures[name] |= {
             "operations_per_image": work.operations.total() // batch,
             "floor_images_per_second": floors(work, rates, batch),
         }
     best = min((name for name in calls if name.startswith("diffusers")), key=lambda name: median(seconds[name]))
-    fast, bfloat16 = seconds["ours, fast"], seconds["ours, bfloat16"]
+    fast, bfloat16 = seconds["ours, fast"], seconds.get("ours, bfloat16")
     return {
         "each": figures,
         "float32": speedup(seconds["ours"], seconds["diffusers"]),
         "fastest": {"peer": best, **speedup(fast, seconds[best])},
-        "bfloat16": {"peer": best, **speedup(bfloat16, seconds[best])},
+        "bfloat16": {"peer": best, **speedup(bfloat16, seconds[best])} if bfloat16 else None,
         "documented": speedup(fast, seconds["diffusers"]),  # the peer as its documentation shows it
         "rates_per_second": rates,
     }

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from jpeg_photographs import write_photographs
-from recording import ROOT, command_line, num_parameters, public_settings, record, tell
-from stopwatch import DeviceRun, in_turns, ratio, seconds_of, spread
+from recording import ROOT, command_line, num_parameters, public_settings, tell
+from stopwatch import DeviceRun, in_turns, ratio, record_speed, seconds_of, spread
 
 from tokenizer import ImageTokenizer, TokenizerConfig
 from train.checkpoint import SETTINGS_NAME
@@ -72,7 +72,7 @@ def main(config: DatasetRun, root: Path = ROOT, model: TokenizerConfig = MODEL) 
         figures = measured(config, folder, tokenizer.eval().to(config.device))
     settings = public_settings(config)
     command = command_line("speed", "dataset", settings, public_settings(DatasetRun()), ())
-    record("speed_dataset", {"command": command, "settings": settings, **figures}, root)
+    record_speed("dataset", {"command": command, "settings": settings, **figures}, root)
 
 
 def measured(config: DatasetRun, folder: Path, tokenizer: ImageTokenizer) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from floors import DTYPES, machine_calls, machine_rates
-from recording import ROOT, command_line, num_parameters, record, refusals, tell, version_of
-from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, speedup, spread
+from floors import DTYPES, dtypes_on, machine_calls, machine_rates
+from recording import ROOT, command_line, num_parameters, refusals, tell, version_of
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, record_speed, speedup, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +37,7 @@ class GenerationRun(DeviceRun):
     vocab_size: int = 1024
     grid_sides: list[int] = field(default_factory=lambda: [8])  # of square grids: T is the square
     batch_sizes: list[int] = field(default_factory=lambda: [1, 64])  # B
-    dtypes: list[str] = field(default_factory=lambda: list(DTYPES))
+    dtypes: list[str] = field(default_factory=lambda: list(DTYPES))  # those that are worth measuring on the device
     guidance_scale: float = 2.0  # of the guided figure
     seconds: float = 0.0  # that a figure is measured over, at least; one call is
 
@@ -57,7 +57,7 @@ def main(config: GenerationRun, root: Path = ROOT) -> None:
     torch.manual_seed(config.seed)
     rows = []
     for side in config.grid_sides:
-        for dtype in config.dtypes:
+        for dtype in [name for name in config.dtypes if name in dtypes_on(config.device)]:
             models = prior(config, side), llama(config, side)
             ours, peer = (model.eval().to(config.device, DTYPES[dtype]) for model in models)
             for batch in config.batch_sizes:
@@ -66,7 +66,7 @@ def main(config: GenerationRun, root: Path = ROOT) -> None:
     command = command_line("speed", "generation", asdict(config), asdict(GenerationRun()), ())
     peer_version = version_of("transformers")
     figures = {"command": command, "settings": asdict(config), "transformers": peer_version, "rows": rows}
-    record("speed_generation", figures, root)
+    record_speed("generation", figures, root)
 
 
 def prior(config: GenerationRun, side: int) -> AutoregressivePrior:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 from labelled_images import content_hash, validation_pictures
-from recording import ROOT, command_line, num_parameters, public_settings, record, refusals, tell
-from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, seconds_of, spread
+from recording import ROOT, command_line, num_parameters, public_settings, refusals, tell
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, record_speed, seconds_of, spread
 from torch import Tensor
 
 from tokenizer import ImageTokenizer
@@ -69,7 +69,7 @@ def main(config: LargeRun, root: Path = ROOT) -> None:
         "photographs": {"images": len(photographs), "sha256": content_hash(photographs)},
         "rows": rows,
     }
-    record("speed_large", figures, root)
+    record_speed("large", figures, root)
 
 
 def num_across(side: int, photograph_size: int) -> int:

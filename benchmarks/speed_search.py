@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
 from floors import floors, machine_calls, machine_rates, work_of
-from recording import ROOT, command_line, record, tell
-from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, speedup, spread
+from recording import ROOT, command_line, tell
+from stopwatch import DeviceRun, each_at_least_one, four, interleaved, peak_memory, record_speed, speedup, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
@@ -57,7 +57,7 @@ def main(config: SearchRun, root: Path = ROOT) -> None:
             rows.append(row_of(size, dim, rates, config))
     command = command_line("speed", "search", asdict(config), asdict(SearchRun()), ())
     figures = {"command": command, "settings": asdict(config), "rates_per_second": rates, "rows": rows}
-    record("speed_search", figures, root)
+    record_speed("search", figures, root)
 
 
 def row_of(size: int, dim: int, rates: dict[str, float], config: SearchRun) -> dict[str, Any]:

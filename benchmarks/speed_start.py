@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from recording import ROOT, command_line, num_parameters, record
+from recording import ROOT, command_line, num_parameters
 from speed_codec import ARCHITECTURES
-from stopwatch import MIN_ROUNDS, in_turns, speedup, spread
+from stopwatch import MIN_ROUNDS, in_turns, record_speed, speedup, spread
 
 from tokenizer import ImageTokenizer
 from train.settings import require
@@ -67,7 +67,7 @@ def main(config: StartRun, root: Path = ROOT) -> None:
         seconds = in_turns(starts, config.rounds, told=True)
     command = command_line("speed", "start", asdict(config), asdict(StartRun()), ())
     figures = {"command": command, "settings": asdict(config), "parameters": num_parameters(model)}
-    record("speed_start", figures | {"each": summaries(seconds)}, root)
+    record_speed("start", figures | {"each": summaries(seconds)}, root)
 
 
 def summaries(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, dict[str, float]]]:

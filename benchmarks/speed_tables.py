@@ -177,6 +177,28 @@ def dataset_rows(result: dict[str, Any]) -> list[dict[str, str]]:
     return [cells]
 
 
+def lesser_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """In short, of a processor without AVX-512, the parts that have a peer with the same network."""
+    rows: list[tuple[str, ...]] = []
+    match result["command"].split()[2]:
+        case "codec":
+            for cells in codec_rows(result):
+                what, rate = f"{cells['what']}, {cells['parameters']} parameters", cells["float32, images/s"]
+                ratios = cells["against diffusers in float32"], cells["against diffusers at its best"]
+                rows.append((what, f"{rate} images/s", *ratios))
+        case "training":
+            for cells in training_rows(result):
+                what, rate = f"a step of {cells['`train/vqvae.py`']}, {cells['batch']}", cells["images/s"]
+                ratios = cells["against the plain loop in float32"], cells["against its best"]
+                rows.append((what, f"{rate} images/s", *ratios))
+        case "generation":
+            for cells in generation_rows(result):
+                what, rate = f"tokens of {cells['grids']}, {cells['type']}", cells["tokens/s"]
+                rows.append((what, f"{rate} tokens/s", "-", cells["against Llama in transformers"]))
+    titles = "what", "ours", "against the peer in float32", "against its best"
+    return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
 def of_floors(speeds: dict[str, float], allowed: dict[str, float]) -> str:
     """What is reached of what each floor allows."""
     return ", ".join(f"{speeds['median'] / allowed[name]:.0%}" for name in ("arithmetic", "memory"))
@@ -187,9 +209,9 @@ def told_seconds(seconds: dict[str, float]) -> str:
     return f"{seconds['median']:.2f} s ({seconds['low']:.2f} to {seconds['high']:.2f})"
 
 
-def times(speedup: dict[str, float]) -> str:
-    """How many times as fast, the median of the rounds with the lowest and the highest."""
-    return f"{speedup['median']:.2g}x ({speedup['low']:.2g} to {speedup['high']:.2g})"
+def times(speedup: dict[str, float] | None) -> str:
+    """How many times as fast, the median of the rounds with the lowest and the highest; of what was not, a dash."""
+    return "-" if speedup is None else f"{speedup['median']:.2g}x ({speedup['low']:.2g} to {speedup['high']:.2g})"
 
 
 def mebibytes(memory: int | None) -> str:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TypeVar
 
 import torch
-from recording import tell
+from recording import ROOT, record, tell
 
 from tokenizer.kernels.memory import RESERVE
 from train.settings import at_least_one, require
@@ -117,6 +117,12 @@ def speedup(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def ratio(figures: list[float], others: list[float]) -> dict[str, float]:
     """Of figures to others, round by round."""
     return spread([figure / other for figure, other in zip(figures, others, strict=True)])
+
+
+def record_speed(part: str, figures: dict[str, object], root: Path = ROOT) -> None:
+    """To results/speed_PART.json, or of a processor without AVX-512 to speed_avx2_PART.json beside it."""
+    kind = "speed_avx2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "speed"
+    record(f"{kind}_{part}", figures, root)
 
 
 def four(figure: float) -> float:

@@ -6,7 +6,16 @@ from statistics import mean
 from typing import Any
 
 from recording import ROOT
-from speed_tables import agreement_rows, codec_rows, dataset_rows, large_rows, search_rows, start_rows, training_rows
+from speed_tables import (
+    agreement_rows,
+    codec_rows,
+    dataset_rows,
+    large_rows,
+    lesser_rows,
+    search_rows,
+    start_rows,
+    training_rows,
+)
 from speed_tables import generation_rows as speed_generation_rows
 
 from tokenizer.pretrained import written_whole
@@ -382,6 +391,7 @@ ROWS = {
     "quantizers": quantizers_rows,
     "quantizers_many_codes": many_codes_rows,
     "speed_agreement": agreement_rows,
+    "speed_avx2": lesser_rows,
     "speed_codec": codec_rows,
     "speed_codec_kept_memory": codec_rows,
     "speed_dataset": dataset_rows,

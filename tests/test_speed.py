@@ -1,5 +1,6 @@
 """The measurements of speed end to end, at tiny sizes, their tables, and the stopwatch."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -41,13 +42,17 @@ from train.token_store import TokenStore
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
-    """What tells the rates of the machine is not what these tests are about."""
+    """What tells the rates of the machine is not what these tests are about, nor what it has instructions for."""
+    monkeypatch.setattr(floors, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(floors, "PRODUCT", 16)
     monkeypatch.setattr(floors, "COPIED", 2**20)
 
 
 def recorded(root: Path, name: str) -> dict:
-    return json.loads((root / f"benchmarks/results/{name}.json").read_text())
+    """What was written, whichever kind of processor it is of."""
+    (path,) = (root / "benchmarks/results").iterdir()
+    assert path.stem in (name, name.replace("speed", "speed_avx2"))
+    return json.loads(path.read_text())
 
 
 def test_the_search_is_measured_beside_its_peers_and_put_into_the_table(tmp_path):
@@ -67,7 +72,9 @@ def test_the_search_is_measured_beside_its_peers_and_put_into_the_table(tmp_path
     assert tables.markdown(rows).count("\n") == 3
 
 
-def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("worth_bfloat16", [True, False])
+def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(worth_bfloat16, tmp_path, monkeypatch):
+    monkeypatch.setattr(floors, "multiplies_bfloat16", lambda: worth_bfloat16)
     tiny = speed_codec.Architecture(16, (32, 32), 1, True, latent_channels=8, codebook_dim=4, codebook_size=32)
     monkeypatch.setitem(speed_codec.ARCHITECTURES, "tiny", tiny)
     settings = ["models=[tiny]", "max_pixels=512", "compiled=false"]  # a compiler may not be there
@@ -78,11 +85,13 @@ def test_the_codec_is_measured_on_equal_tokens_and_put_into_the_table(tmp_path, 
     assert row["tokens_that_differ"] == 0
     assert row["largest_difference_of_pixels"] < 1e-4
     for part in ("encode", "decode"):
-        assert len(row[part]["each"]) == 6
+        assert len(row[part]["each"]) == (6 if worth_bfloat16 else 4)
+        assert (row[part]["bfloat16"] is not None) == worth_bfloat16
         assert row[part]["fastest"]["peer"].startswith("diffusers")
     work = {name: mode.get("operations_per_image") for name, mode in row["decode"]["each"].items()}
     assert work["ours"] < work["diffusers"]  # upsampling
     assert [cells["what"] for cells in speed_tables.codec_rows(written)] == ["encode 2 of 16 px", "decode 2 of 16 px"]
+    assert [len(cells) for cells in speed_tables.lesser_rows(written)] == [4, 4]
 
 
 def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(tokenizer, colours, tmp_path):
@@ -100,19 +109,19 @@ def test_the_agreement_of_the_fast_mode_is_measured_and_put_into_the_table(token
     assert tables.markdown(speed_tables.agreement_rows(written)).count("\n") == 2
 
 
-def test_generation_is_measured_beside_a_llama_and_put_into_the_table(tmp_path):
+@pytest.mark.parametrize("dtypes", [["float32", "bfloat16"], ["float32"]])
+def test_generation_is_measured_beside_a_llama_and_put_into_the_table(dtypes, tmp_path, monkeypatch):
+    monkeypatch.setattr(floors, "multiplies_bfloat16", lambda: len(dtypes) == 2)
     settings = ["width=32", "num_layers=1", "num_heads=2", "vocab_size=16", "grid_sides=[2]", "batch_sizes=[1,2]"]
     speed_generation.main(parse(GenerationRun, settings), tmp_path)
     written = recorded(tmp_path, "speed_generation")
-    assert [(row["dtype"], row["batch"]) for row in written["rows"]] == [
-        *(("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2))
-    ]
+    assert [(row["dtype"], row["batch"]) for row in written["rows"]] == list(itertools.product(dtypes, (1, 2)))
     for row in written["rows"]:
         assert row["each"].keys() == {"ours", "ours, guided", *speed_generation.CACHES}
         assert row["against_peer"]["peer"] in speed_generation.CACHES
         assert min(row["floor_tokens_per_second"].values()) > 0
-    rows = speed_tables.generation_rows(written)
-    assert tables.markdown(rows).count("\n") == 5
+    for rows in (speed_tables.generation_rows(written), speed_tables.lesser_rows(written)):
+        assert tables.markdown(rows).count("\n") == 1 + 2 * len(dtypes)
 
 
 def test_the_peer_generates_as_many_tokens_as_ours_whatever_it_draws():
@@ -175,7 +184,11 @@ def test_the_codec_with_freed_memory_kept_has_a_record_of_its_own(keep, name, tm
     assert len(list((tmp_path / "benchmarks/results").iterdir())) == 1
 
 
-def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_path, monkeypatch, fresh_accelerator):
+@pytest.mark.parametrize("worth_bfloat16", [True, False])
+def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(
+    worth_bfloat16, tmp_path, monkeypatch, fresh_accelerator
+):
+    monkeypatch.setattr(floors, "multiplies_bfloat16", lambda: worth_bfloat16)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     model = "image_size=16 batch_size=4 num_workers=0 steps=10 model.autoencoder.base_channels=8"
     settings = [f"models=['{model}','{model} mixed_precision=bf16']", "images=8", "profiled_steps=2"]
@@ -183,13 +196,14 @@ def test_a_training_step_is_measured_beside_its_peer_and_put_into_the_table(tmp_
     written = recorded(tmp_path, "speed_training")
     assert [row["mixed_precision"] for row in written["rows"]] == ["no", "bf16"]
     for row in written["rows"]:
-        assert row["images_per_second"].keys() == {"ours", *speed_training.PEER_MODES}
+        peers = [name for name in speed_training.PEER_MODES if worth_bfloat16 or "bfloat16" not in name]
+        assert row["images_per_second"].keys() == {"ours", *peers}
         assert row["fastest"]["median"] > 0
         assert sum(row["shares_of_time"].values()) == pytest.approx(1, abs=0.01)
         assert min(row["shares_of_time"].values()) > 0
     assert written["rows"][0]["operations_per_image"] == written["rows"][1]["operations_per_image"] > 0
     cells = speed_tables.training_rows(written)
-    assert len(cells) == 2
+    assert len(cells) == len(speed_tables.lesser_rows(written)) == 2
     assert "decoder" in cells[0]["share of time"]
 
 
@@ -280,6 +294,13 @@ def test_all_are_called_in_turns_and_every_other_round_backwards():
     found = stopwatch.interleaved(calls, rounds=3, seconds=0.0)
     assert "".join(called) == "aabbcc" + "abc" + "cba" + "abc"
     assert {name: len(each) for name, each in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize(("capability", "name"), [("AVX2", "speed_avx2_codec"), ("AVX512", "speed_codec")])
+def test_a_processor_without_avx512_has_records_of_its_own(capability, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    stopwatch.record_speed("codec", {}, tmp_path)
+    assert [path.stem for path in (tmp_path / "benchmarks/results").iterdir()] == [name]
 
 
 def test_a_speedup_is_of_each_round_and_stands_with_its_spread():

@@ -94,8 +94,8 @@ def machine_calls(device: str | torch.device) -> dict[str, Callable[[], Tensor]]
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source)}
-    for name, dtype in DTYPES.items():
-        matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
+    for name in dtypes_on(device):
+        matrix = torch.randn(PRODUCT, PRODUCT, device=device).to(DTYPES[name])
         calls[f"product, {name}"] = lambda matrix=matrix: product(matrix, matrix)
     return calls
 
@@ -108,7 +108,10 @@ def machine_rates(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def floors(work: Work, rates: dict[str, float], items: int) -> dict[str, float]:
-    """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone."""
+    """Items a second by the rates of the machine, where the work on so many were products alone, or traffic alone.
+
+    What is in a type that was not worth measuring counts at the rate of float32.
+    """
     counts = {name: work.operations[dtype] for name, dtype in DTYPES.items() if work.operations[dtype]}
-    operations = sum(count / rates[name] for name, count in counts.items())
+    operations = sum(count / rates.get(name, rates["float32"]) for name, count in counts.items())
     return {"arithmetic": four(items / operations), "memory": four(items * rates["bytes"] / work.bytes)}

@@ -151,6 +151,10 @@ def test_large_scores_do_not_overflow(given_parts):
     query, key, value = given_parts
     found = attend(1e4 * query, 1e4 * key, value)
     torch.testing.assert_close(found, exactly(1e4 * query.double(), 1e4 * key.double(), value.double()).float())
+    key = torch.zeros(1, 16 * UNIT, UNIT)
+    key[:, -1] = 1e4  # the largest score is the last one
+    value = torch.randn(1, 16 * UNIT, UNIT)
+    assert torch.equal(attend(torch.ones_like(key), key, value), value[:, -1:].expand_as(value))
 
 
 @BUILT

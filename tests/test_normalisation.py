@@ -83,6 +83,14 @@ def test_what_is_too_much_for_the_cache_is_written_past_it_and_the_same():
     torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", [0, 5, 255])
+def test_an_odd_place_does_not_drown_the_others(place):
+    norm, features = norm_of(LANES, LANES // 4), 1e-3 * torch.randn(1, LANES, 16, 16)
+    features.flatten(2)[:, :, place] = 5.3
+    torch.testing.assert_close(activated(norm, features).double(), exactly(norm, features), rtol=1e-6, atol=2e-6)
+
+
 def test_silu_is_right_at_its_ends_and_carries_on_what_is_not_finite():
     norm = nn.GroupNorm(LANES, LANES, eps=0.0).eval()
     values = torch.tensor([-1e4, -200.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e30])
@@ -157,6 +165,21 @@ def test_float32_is_so_under_autocast_too():
         assert not is_for_kernel(norm, features.bfloat16())
     first, second = (torch.autograd.grad(each.square().sum(), norm.weight)[0] for each in (found, expected))
     assert torch.equal(first, second)
+
+
+def test_who_hooks_a_norm_is_called_and_what_is_no_plain_norm_is_left_to_pytorch():
+    class Doubled(nn.GroupNorm):
+        def forward(self, features: Tensor) -> Tensor:
+            return 2 * super().forward(features)
+
+    norm, features, seen = norm_of(LANES, 2), torch.randn(1, LANES, 5, 5), []
+    hook = norm.register_forward_hook(lambda *given: seen.append(given[2]))
+    assert torch.equal(activated(norm, features), F.silu(seen[0]))
+    hook.remove()
+    for other in (Doubled(2, LANES), nn.GroupNorm(2, LANES, affine=False), nn.GroupNorm(2, LANES, bias=False)):
+        assert torch.equal(activated(other, features), F.silu(other(features)))
+    whole = nn.GroupNorm(2, LANES, eps=0)
+    torch.testing.assert_close(activated(whole, features), F.silu(whole(features)))
 
 
 def test_other_types_and_widths_are_left_to_pytorch():

@@ -14,11 +14,11 @@ from itertools import repeat
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
 
 from .attention import attend
 from .normalisation import activated, group_norm
 from .pointwise import PointwiseConv2d
+from .processor import is_hooked
 from .winograd import Sides, WinogradConv2d
 
 POSITIONS_AT_ONCE = 2**12  # that enter a resolution of a decoder: from 2**11 to 2**14 four networks were as fast
@@ -96,8 +96,7 @@ class ResidualBlock(nn.Module):
         hidden = activated(self.norm1, features)
         if not torch.is_autocast_enabled(features.device.type):  # which chooses the type by itself
             hidden = hidden.to(self.conv1.weight.dtype)
-        seen = self.conv1._forward_hooks or module._global_forward_hooks  # by others, who may keep what they are given
-        hidden = activated(self.norm2, self.conv1(hidden), spare=not seen)
+        hidden = activated(self.norm2, self.conv1(hidden), spare=not is_hooked(self.conv1))
         return self.conv2(self.dropout(hidden), self.shortcut(features).to(features.dtype))
 
     def branch_to(self, dtype: torch.dtype) -> None:

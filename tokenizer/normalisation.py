@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .kernels import LANES, run
 from .kernels.memory import WORKSPACE, empty
-from .processor import are_plain, wants_gradient
+from .processor import are_plain, is_hooked, wants_gradient
 from .reference import gradients_by, is_for_reference
 
 
@@ -24,8 +24,8 @@ def activated(norm: nn.Module, features: Tensor, spare: bool = False) -> Tensor:
     What is `spare` is not needed any more: without gradients the kernel may write the result over it, as new memory
     takes longer.
     """
-    if isinstance(norm, nn.GroupNorm) and is_for_kernel(norm, features):
-        given = features, norm.weight, norm.bias, norm.num_groups, norm.eps
+    if type(norm) is nn.GroupNorm and is_for_kernel(norm, features):
+        given = features, norm.weight, norm.bias, norm.num_groups, float(norm.eps)
         return NormedSiLU.apply(*given) if wants_gradient(*given[:3]) else normed_silu(*given, spare)[0]
     normed = norm(features)
     own = normed is not features and not torch.is_grad_enabled()
@@ -38,6 +38,9 @@ def is_for_kernel(norm: nn.GroupNorm, features: Tensor) -> bool:
     given = features, norm.weight, norm.bias
     return (
         LANES > 0
+        and norm.weight is not None
+        and norm.bias is not None
+        and not is_hooked(norm)
         and features.ndim == 4
         and features.shape[1] == norm.num_channels
         and norm.num_channels % LANES == 0

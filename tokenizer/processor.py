@@ -4,9 +4,10 @@ import platform
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
+from torch.nn.modules import module
 
 from .kernels import LIBRARY
 
@@ -73,6 +74,13 @@ def are_plain(*tensors: Tensor) -> bool:
 def is_watched() -> bool:
     """Whether operators are counted, recorded or replaced, of which what goes past PyTorch would not be one."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to be called when this layer is, who may keep what goes in or out, or change it."""
+    own = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    of_all = module._global_forward_hooks, module._global_forward_pre_hooks
+    return any((*own, *of_all, module._global_backward_hooks, module._global_backward_pre_hooks))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -18,7 +18,9 @@ def gradients_by(
 ) -> list[Tensor | None]:
     """Of the inputs that are wanted, in float32 under autocast too; they have gradients where these are enabled."""
     again = torch.is_grad_enabled()
-    if not again:
+    if again:  # each a tensor of its own: one may be another or depend on it, which is the outer graph's concern
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    else:
         inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
         for tensor, want in zip(inputs, wanted, strict=True):
             if want:

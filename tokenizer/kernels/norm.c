@@ -13,21 +13,41 @@ enum { PLACES = 256 }; /* of a part, by which pictures are read, whatever the nu
 
 INLINE size parts_of(size places) { return (places + PLACES - 1) / PLACES; }
 
-/* Floats that lie between the passes. */
-size norm_room(size pictures, size places, size channels) { return 2 * pictures * (parts_of(places) + 1) * channels; }
+/* Floats that lie between the passes, of each channel: three of a part and two of a picture, */
+size norm_room(size pictures, size places, size channels) { return pictures * (3 * parts_of(places) + 2) * channels; }
 
-/* Of a part of a picture the mean of each channel and the sum of squares around it. */
-INLINE void gather(const float *features, size places, size channels, float *means, float *squares) {
-    for (size c = 0; c < channels; c++) means[c] = squares[c] = 0;
-    for (size place = 1; place < places; place++) /* what differs from the first: else small differences drown */
+/* and two of a part and four of a picture. */
+size norm_gradients_room(size pictures, size places, size channels) {
+    return pictures * (2 * parts_of(places) + 4) * channels;
+}
+
+/* The i-th of all parts: its places among those of all pictures, as if they were one. */
+typedef struct {
+    size picture, first, end;
+} span;
+
+INLINE span part_at(size i, size places) {
+    size picture = i / parts_of(places), first = i % parts_of(places) * PLACES;
+    return (span){picture, picture * places + first, picture * places + least(places, first + PLACES)};
+}
+
+/* Of a part of a picture the mean of each channel and the sum of squares around it, by way of a rough mean: small
+   differences would drown in squares around 0, and squares around a single place could be those of an odd one. */
+INLINE void gather(const float *features, size places, size channels, float *roughs, float *means, float *squares) {
+    size few = least(places, 16);
+    for (size c = 0; c < channels; c++) roughs[c] = means[c] = squares[c] = 0;
+    for (size place = 0; place < few; place++)
+        for (size c = 0; c < channels; c += V) store(roughs + c, load(roughs + c) + load(features + place * channels + c));
+    for (size c = 0; c < channels; c += V) store(roughs + c, load(roughs + c) / (float)few);
+    for (size place = 0; place < places; place++)
         for (size c = 0; c < channels; c += V) {
-            vector apart = load(features + place * channels + c) - load(features + c);
+            vector apart = load(features + place * channels + c) - load(roughs + c);
             store(means + c, load(means + c) + apart);
             store(squares + c, load(squares + c) + apart * apart);
         }
     for (size c = 0; c < channels; c += V) {
         vector sum = load(means + c);
-        store(means + c, load(features + c) + sum / (float)places);
+        store(means + c, load(roughs + c) + sum / (float)places);
         store(squares + c, load(squares + c) - sum * sum / (float)places);
     }
 }
@@ -59,15 +79,15 @@ void norm_silu(const float *features, const float *weight, const float *bias, fl
                size pictures, size places, size channels, size groups, double epsilon, float *room, size threads) {
     size parts = parts_of(places), all = pictures * parts, each = channels / groups;
     int much = features != result && is_much(pictures * places * channels);
-    float *means = room, *squares = means + all * channels, *factors = squares + all * channels;
-    float *summands = factors + pictures * channels;
+    float *means = room, *squares = means + all * channels, *roughs = squares + all * channels;
+    float *factors = roughs + all * channels, *summands = factors + pictures * channels;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (size i = 0; i < all; i++) {
-            size first = i % parts * PLACES;
-            gather(features + (i / parts * places + first) * channels, least(PLACES, places - first), channels,
-                   means + i * channels, squares + i * channels);
+            span part = part_at(i, places);
+            gather(features + part.first * channels, part.end - part.first, channels, roughs + i * channels, means + i * channels,
+                   squares + i * channels);
         }
 #pragma omp for
         for (size i = 0; i < pictures * groups; i++) {
@@ -77,21 +97,16 @@ void norm_silu(const float *features, const float *weight, const float *bias, fl
         }
 #pragma omp for
         for (size i = 0; i < all; i++) {
-            size first = i % parts * PLACES, end = least(places, first + PLACES), picture = i / parts;
-            for (size place = picture * places + first; place < picture * places + end; place++)
+            span part = part_at(i, places);
+            for (size place = part.first; place < part.end; place++)
                 for (size c = 0; c < channels; c += V) {
-                    vector scaled = load(features + place * channels + c) * load(factors + picture * channels + c);
-                    vector x = scaled + load(summands + picture * channels + c);
+                    vector scaled = load(features + place * channels + c) * load(factors + part.picture * channels + c);
+                    vector x = scaled + load(summands + part.picture * channels + c);
                     vector silu = x / (1 + exponential(-x));
                     put(result + place * channels + c, silu, much);
                 }
         }
     }
-}
-
-/* Floats that lie between the passes of the gradients. */
-size norm_gradients_room(size pictures, size places, size channels) {
-    return 2 * pictures * (parts_of(places) + 2) * channels;
 }
 
 /* The gradient dy before SiLU, of V channels at a place, from the features and the gradient ds. */
@@ -117,11 +132,11 @@ void norm_silu_gradients(const float *features, const float *towards, const floa
                 means[c] = statistics[2 * i], scales[c] = statistics[2 * i + 1];
 #pragma omp for
         for (size i = 0; i < all; i++) {
-            size first = i % parts * PLACES, end = least(places, first + PLACES), picture = i / parts;
-            const float *mean = means + picture * channels, *scale = scales + picture * channels;
+            span part = part_at(i, places);
+            const float *mean = means + part.picture * channels, *scale = scales + part.picture * channels;
             float *sum = sums + i * channels, *product = products + i * channels;
             for (size c = 0; c < channels; c++) sum[c] = product[c] = 0;
-            for (size place = picture * places + first; place < picture * places + end; place++)
+            for (size place = part.first; place < part.end; place++)
                 for (size c = 0; c < channels; c += V) {
                     size at = place * channels + c;
                     vector normed, dy = before_silu(load(features + at), load(towards + at), load(mean + c),
@@ -152,10 +167,10 @@ void norm_silu_gradients(const float *features, const float *towards, const floa
         }
 #pragma omp for
         for (size i = 0; i < all; i++) {
-            size first = i % parts * PLACES, end = least(places, first + PLACES), picture = i / parts;
-            for (size place = picture * places + first; place < picture * places + end; place++)
+            span part = part_at(i, places);
+            for (size place = part.first; place < part.end; place++)
                 for (size c = 0; c < channels; c += V) {
-                    size at = place * channels + c, here = picture * channels + c;
+                    size at = place * channels + c, here = part.picture * channels + c;
                     vector scale = load(scales + here), normed = (load(features + at) - load(means + here)) * scale;
                     vector dy = load(to_features + at);
                     vector dx = scale * load(weight + c) * dy - load(shifts + here) - normed * load(slopes + here);

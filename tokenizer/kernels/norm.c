@@ -37,7 +37,8 @@ INLINE void gather(const float *features, size places, size channels, float *rou
     size few = least(places, 16);
     for (size c = 0; c < channels; c++) roughs[c] = means[c] = squares[c] = 0;
     for (size place = 0; place < few; place++)
-        for (size c = 0; c < channels; c += V) store(roughs + c, load(roughs + c) + load(features + place * channels + c));
+        for (size c = 0; c < channels; c += V)
+            store(roughs + c, load(roughs + c) + load(features + place * channels + c));
     for (size c = 0; c < channels; c += V) store(roughs + c, load(roughs + c) / (float)few);
     for (size place = 0; place < places; place++)
         for (size c = 0; c < channels; c += V) {
@@ -86,8 +87,8 @@ void norm_silu(const float *features, const float *weight, const float *bias, fl
 #pragma omp for
         for (size i = 0; i < all; i++) {
             span part = part_at(i, places);
-            gather(features + part.first * channels, part.end - part.first, channels, roughs + i * channels, means + i * channels,
-                   squares + i * channels);
+            gather(features + part.first * channels, part.end - part.first, channels, roughs + i * channels,
+                   means + i * channels, squares + i * channels);
         }
 #pragma omp for
         for (size i = 0; i < pictures * groups; i++) {

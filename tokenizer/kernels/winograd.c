@@ -292,12 +292,9 @@ size winograd_room(const shape *s) {
 /* Tiles of a block, of which fewer would not fill a thread. */
 size winograd_tiles(void) { return TILES; }
 
-/* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it:
-   for each of the n * n numbers (C, O) in panels, C once for each part that has it, filled up with 0 to whole vectors. It
-   may be `turned` over where sides are kept. */
-void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned,
-                   float *kernel) {
-    sides k = s->sides;
+/* What `winograd_pack` does. */
+INLINE void pack(const shape *s, sides k, const float *weight, size in, size out, const size steps[4], size turned,
+                 float *kernel) {
     size n = numbers(k), by = k == HALVED ? 2 : 1;
     int much = is_much(winograd_numbers(s));
     for (size panel = 0; panel < s->out; panel += COLUMNS * V)
@@ -326,6 +323,18 @@ void winograd_pack(const shape *s, const float *weight, size in, size out, const
                         }
                 }
             }
+}
+
+/* A weight of `in` and `out` channels, with the steps along out, in, rows and columns, as `winograd_convolve` wants it:
+   for each of the n * n numbers (C, O) in panels, C once for each part that has it, filled up with 0 to whole vectors. It
+   may be `turned` over where sides are kept. */
+void winograd_pack(const shape *s, const float *weight, size in, size out, const size steps[4], size turned,
+                   float *kernel) {
+    switch (s->sides) { /* each with its own number of everything */
+    case KEPT: pack(s, KEPT, weight, in, out, steps, turned, kernel); break;
+    case DOUBLED: pack(s, DOUBLED, weight, in, out, steps, turned, kernel); break;
+    default: pack(s, HALVED, weight, in, out, steps, turned, kernel);
+    }
 }
 
 /* Features to the result (B, H', W', O), each pixel the same whatever the other pictures and the threads. */

@@ -17,8 +17,7 @@
 #include "vectors.h"
 
 enum {
-    COLUMNS = V / 4, /* vectors of a product that stay in registers, */
-    ROWS = 4, /* by so many rows: the sums hide the time that one takes */
+    ROWS = 4, /* of a product whose sums stay in registers */
     PANEL = 64,
     GROUP = 16,
     TASK = 16,  /* rows that a thread takes at once */
@@ -100,23 +99,28 @@ INLINE void add_products(size halves, const float *left, vector right, vector *s
     *sums += *left * right;
 }
 
+/* Vectors of each of so many rows: their sums hide the time that one takes, and leave registers for what is multiplied. A
+   single row reads a panel from end to end. */
+INLINE size columns_of(size tall) { return V == 16 ? 4 : tall == 1 ? 8 : tall == 2 ? 4 : 2; }
+
 /* Sums of `depth` words of each left row, a multiple of AHEAD, by the words of a panel: tall x PANEL of them. Meanwhile
    memory is fetched that is wanted soon, a word for a word of the row. */
 INLINE void multiply(size halves, const float *left, const float *panel, const float *soon, size depth, float *sums,
                      size apart, size tall) {
-    for (size c = 0; c < PANEL; c += COLUMNS * V) {
-        vector sum[ROWS][COLUMNS] = {0};
+    size wide = columns_of(tall);
+    for (size c = 0; c < PANEL; c += wide * V) {
+        vector sum[ROWS][PANEL / V] = {0};
         for (size block = 0; block < depth; block += AHEAD) {
             if (!c) __builtin_prefetch(soon + block * ROWS, 0, 2);
             for (size k = block; k < block + AHEAD; k++) {
-                vector of[COLUMNS];
-                for (size v = 0; v < COLUMNS; v++) of[v] = load(panel + k * PANEL + c + v * V);
+                vector of[PANEL / V];
+                for (size v = 0; v < wide; v++) of[v] = load(panel + k * PANEL + c + v * V);
                 for (size r = 0; r < tall; r++)
-                    for (size v = 0; v < COLUMNS; v++) add_products(halves, left + r * depth + k, of[v], &sum[r][v]);
+                    for (size v = 0; v < wide; v++) add_products(halves, left + r * depth + k, of[v], &sum[r][v]);
             }
         }
         for (size r = 0; r < tall; r++)
-            for (size v = 0; v < COLUMNS; v++) store(sums + r * apart + c + v * V, sum[r][v]);
+            for (size v = 0; v < wide; v++) store(sums + r * apart + c + v * V, sum[r][v]);
     }
 }
 

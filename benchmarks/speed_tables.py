@@ -193,7 +193,7 @@ def lesser_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                 rows.append((what, f"{rate} images/s", *ratios))
         case "generation":
             for cells in generation_rows(result):
-                what, rate = f"tokens of {cells['grids']}, {cells['type']}", cells["tokens/s"]
+                what, rate = f"grids: {cells['grids']} tokens, {cells['type']}", cells["tokens/s"]
                 rows.append((what, f"{rate} tokens/s", "-", cells["against Llama in transformers"]))
     titles = "what", "ours", "against the peer in float32", "against its best"
     return [dict(zip(titles, row, strict=True)) for row in rows]

@@ -1,7 +1,7 @@
 """A step of training, images/s, beside a plain PyTorch loop with vector-quantize-pytorch's layer.
 
 Ours is the step of train/vqvae.py with the settings of each model. The peer has the same encoder and decoder with the
-same weights, of PyTorch's own convolutions, its layer as its README shows it for images, squared error and AdamW: in
+same weights, of PyTorch's own layers, its quantizer as its README shows it for images, squared error and AdamW: in
 float32, in channels_last, and with bfloat16 besides; its best of all is the second that ours is held against. Floors of
 arithmetic and memory stand beside the step, by rates of the same rounds, and the loader alone.
 Shapes: B batch, S image side.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
 
-from tokenizer import ImageTokenizer, attention, pointwise, winograd
+from tokenizer import ImageTokenizer, attention, normalisation, pointwise, winograd
 from train.checkpoint import RunFolder
 from train.config import parse
 from train.data import Batch, training_batches
@@ -229,6 +229,7 @@ class Peer(nn.Module):
             with ExitStack() as changed:
                 for module in (attention, pointwise, winograd):
                     changed.enter_context(patch.object(module, "LIBRARY", None))  # PyTorch's own instead
+                changed.enter_context(patch.object(normalisation, "LANES", 0))
                 changed.enter_context(in_bfloat16)
                 codes, _, commitment = self.quantizer(self.autoencoder.encoder(images))
                 loss = F.mse_loss(self.autoencoder.decoder(codes).float(), images) + commitment.sum()

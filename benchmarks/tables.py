@@ -5,18 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import speed_tables
 from recording import ROOT
-from speed_tables import (
-    agreement_rows,
-    codec_rows,
-    dataset_rows,
-    large_rows,
-    lesser_rows,
-    search_rows,
-    start_rows,
-    training_rows,
-)
-from speed_tables import generation_rows as speed_generation_rows
 
 from tokenizer.pretrained import written_whole
 from train.counting import told_usage
@@ -390,16 +380,16 @@ ROWS = {
     "reference_vqvae_ablation": ablation_rows,
     "quantizers": quantizers_rows,
     "quantizers_many_codes": many_codes_rows,
-    "speed_agreement": agreement_rows,
-    "speed_avx2": lesser_rows,
-    "speed_codec": codec_rows,
-    "speed_codec_kept_memory": codec_rows,
-    "speed_dataset": dataset_rows,
-    "speed_generation": speed_generation_rows,
-    "speed_large": large_rows,
-    "speed_search": search_rows,
-    "speed_start": start_rows,
-    "speed_training": training_rows,
+    "speed_agreement": speed_tables.agreement_rows,
+    "speed_avx2": speed_tables.lesser_rows,
+    "speed_codec": speed_tables.codec_rows,
+    "speed_codec_kept_memory": speed_tables.codec_rows,
+    "speed_dataset": speed_tables.dataset_rows,
+    "speed_generation": speed_tables.generation_rows,
+    "speed_large": speed_tables.large_rows,
+    "speed_search": speed_tables.search_rows,
+    "speed_start": speed_tables.start_rows,
+    "speed_training": speed_tables.training_rows,
 }
 
 if __name__ == "__main__":

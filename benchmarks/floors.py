@@ -75,7 +75,7 @@ class Work(TorchDispatchMode):
 
 
 def dtypes_on(device: str | torch.device) -> list[str]:
-    """What is worth measuring there, by name: a CPU without instructions for bfloat16 takes minutes for a picture."""
+    """What is worth measuring there, by name: not bfloat16 on a CPU that has no instructions for it."""
     return list(DTYPES) if torch.device(device).type != "cpu" or multiplies_bfloat16() else ["float32"]
 
 

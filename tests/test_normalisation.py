@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not LANES, reason="the kernels were not built he
 
 
 def norm_of(channels: int, groups: int) -> nn.GroupNorm:
-    norm = nn.GroupNorm(groups, channels, eps=1e-6).eval()
+    norm = nn.GroupNorm(groups, channels, eps=1e-6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     return norm
@@ -92,14 +92,14 @@ def test_an_odd_place_does_not_drown_the_others(place):
 
 
 def test_silu_is_right_at_its_ends_and_carries_on_what_is_not_finite():
-    norm = nn.GroupNorm(LANES, LANES, eps=0.0).eval()
+    norm = nn.GroupNorm(LANES, LANES, eps=0.0)
     values = torch.tensor([-1e4, -200.0, -88.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 88.0, 200.0, 1e30])
     for value in values:
         norm.bias.data.fill_(value)
         found = activated(norm.requires_grad_(False), torch.tensor([-1.0, 1.0]).expand(1, LANES, 1, 2))
         expected = F.silu(value.double() + torch.tensor([-1.0, 1.0], dtype=torch.float64))
         torch.testing.assert_close(found[0, 0, 0].double(), expected, rtol=1e-6, atol=1e-33)
-    norm = nn.GroupNorm(LANES, LANES).eval()
+    norm = nn.GroupNorm(LANES, LANES)
     for value in (math.nan, math.inf):
         features = torch.zeros(2, LANES, 3, 3)
         features[1, 0, 1, 1] = value
@@ -156,7 +156,7 @@ def test_only_what_is_spare_is_written_over():
 
 
 def test_float32_is_so_under_autocast_too():
-    norm, features = norm_of(LANES, 2).train(), torch.randn(1, LANES, 5, 5)
+    norm, features = norm_of(LANES, 2), torch.randn(1, LANES, 5, 5)
     expected = activated(norm, features)
     with torch.autocast("cpu", torch.bfloat16):
         found = activated(norm, features)
@@ -194,7 +194,8 @@ def test_other_types_and_widths_are_left_to_pytorch():
     assert not is_for_kernel(norm, features.double())
     assert not is_for_kernel(norm_of(LANES, 2).bfloat16(), features)
     expected = F.silu(norm(features))
-    assert not torch.equal(activated(norm, features), expected)  # else nothing here would test the kernel
+    assert not torch.equal(activated(norm, features), expected)  # else nothing here would test the kernel,
+    assert torch.equal(activated(norm, features), activated(norm.eval(), features))  # which knows no training
     assert torch.equal(torch.compile(activated, backend="eager", fullgraph=True)(norm, features), expected)
 
 

@@ -241,7 +241,7 @@ def test_the_work_of_a_call_is_its_products_by_type_and_all_that_it_reads_and_wr
         assert work.operations == {torch.float32: 2 * 4 * 6 * 8}
         assert work.bytes == 4 * ((4 * 6 + 6 * 8 + 4 * 8) + (4 * 8 + 4 * 8))
     if LIBRARY is not None:
-        convolution, norm = WinogradConv2d(LANES, 2 * LANES), torch.nn.GroupNorm(4, LANES).eval()
+        convolution, norm = WinogradConv2d(LANES, 2 * LANES), torch.nn.GroupNorm(4, LANES)
         features = torch.randn(1, LANES, 16, 16, requires_grad=True)
         convolution(activated(norm, features.detach()))  # once for its kernel
         with torch.no_grad():

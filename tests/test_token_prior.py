@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ from train.checkpoint import RunFolder
 from train.config import UserError, launch, parse
 from train.likelihood import Grids, Judge, UnigramCode, entropy
 from train.settings import PriorRun, StoreRun
-from train.token_prior import main, warn_of_overfitting
+from train.token_prior import OVERFITTING, main, warn_of_overfitting
 from train.token_store import TokenStore
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -174,7 +175,9 @@ def test_the_best_evaluation_is_what_is_exported_and_a_worse_end_is_told(made, t
     assert best["step"] < 40
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("best_*")]
     assert kept == [f"best_{best['step']}.safetensors"]
-    assert "overfitting at step" in caplog.text
+    figures = [record["bits_per_token"] for record in evaluations(tmp_path / "run")]
+    worse = [5 * n for n in range(1, 9) if figures[n - 1] > (1 + OVERFITTING) * min(figures[:n])]
+    assert [int(step) for step in re.findall(r"overfitting at step (\d+)", caplog.text)] == worse != []
     assert f"the best, {best['bits_per_token']:.3f} at step {best['step']}, is what is kept" in caplog.text
     prior = AutoregressivePrior.from_pretrained(tmp_path / "run")
     rows = TokenStore.open(made / "tokens").rows("validation")[:]
